@@ -1,0 +1,107 @@
+"""Putting modules beside a user's model without renaming one of its parameters, and proving that they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+
+def plugin_modules(module: nn.Module) -> nn.ModuleDict:
+    """The container ``module.plugins`` for everything this library adds, made at first use.
+
+    Raises:
+        RuntimeError: when the module already has an attribute ``plugins`` of its own.
+    """
+    container = getattr(module, "plugins", None)
+    if container is None:
+        container = nn.ModuleDict()
+        module.plugins = container
+    if not isinstance(container, nn.ModuleDict):
+        raise RuntimeError(
+            f"`{type(module).__name__}.plugins` must be free for adapters, got {type(container).__name__}; rename yours"
+        )
+    return container
+
+
+def freeze(module: nn.Module, except_: Iterable[nn.Module] = ()) -> None:
+    """Turn gradients off for all parameters of ``module`` but those of ``except_``, whose flags stay as they are."""
+    kept = {id(p) for m in except_ for p in m.parameters()}
+    for parameter in module.parameters():
+        if id(parameter) not in kept:
+            parameter.requires_grad_(False)
+            parameter.grad = None  # a stale gradient would still be applied by an optimizer
+
+
+class EvalGuard(nn.Module):
+    """Keeps a frozen backbone in eval mode although its parent is switched to training every epoch.
+
+    Dropout, drop-path and batch statistics of a frozen network would make its features random or drift.
+
+    Args:
+        model: the backbone; the guard is a forward pre-hook on it.
+
+    Example:
+        >>> import torch
+        >>> backbone = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+        >>> guard = EvalGuard(backbone)
+        >>> _ = backbone.train()(torch.zeros(1, 2))
+        >>> backbone.training
+        False
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        model.eval()
+        self._handle = model.register_forward_pre_hook(self._keep)
+
+    def _keep(self, model: nn.Module, args: Any) -> None:
+        if model.training:
+            model.eval()
+
+    def remove(self) -> None:
+        """Let the model follow its parent's mode again."""
+        self._handle.remove()
+
+
+class CallCheck:
+    """Finds adapters that a forward pass never reaches: they would train nothing, silently.
+
+    Temporary hooks count calls between construction and :meth:`verify`.
+
+    Args:
+        modules: name and module of everything that must be called.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self._calls = dict.fromkeys(modules, 0)
+        self._handles: list[RemovableHandle] = [
+            module.register_forward_hook(lambda *_, name=name: self._count(name)) for name, module in modules.items()
+        ]
+
+    def _count(self, name: str) -> None:
+        self._calls[name] += 1
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def verify(self) -> dict[str, int]:
+        """Remove the hooks and return the number of calls by name.
+
+        Raises:
+            RuntimeError: naming every module without a call.
+        """
+        self.close()
+        silent = [name for name, n in self._calls.items() if n == 0]
+        if silent:
+            raise RuntimeError(
+                f"{len(silent)} of {len(self._calls)} adapters were never called in the first training batch:"
+                f" {', '.join(silent[:8])}{', ...' if len(silent) > 8 else ''}; the model bypasses these layers,"
+                " choose other ones"
+            )
+        return dict(self._calls)

@@ -1,0 +1,212 @@
+"""One benchmark run: a method's recipe on a scenario, with a run folder that other tools can read."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import platform
+import shutil
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from cl_plugins.backbones import create_backbone
+from cl_plugins.outliers import ovor_learning_rate
+from cl_plugins.progress import StreamProgress
+from cl_plugins.recipes import Recipe, load_recipe, with_options
+from cl_plugins.result import StreamResult
+from cl_plugins.runner import fit_stream
+
+
+class ImageClassifier(pl.LightningModule):
+    """A plain classifier, as any user would write it; it knows nothing of tasks.
+
+    Args:
+        model: gives logits ``(batch, classes)`` for images ``(batch, channels, height, width)``.
+        recipe: optimizer, learning rate and schedule.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+        super().__init__()
+        self.model = model
+        self.recipe = recipe
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits."""
+        logits: Tensor = self.model(x)
+        return logits
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Cross-entropy."""
+        x, y = batch
+        return cross_entropy(self(x), y)
+
+    def configure_optimizers(self) -> Any:
+        """The recipe's optimizer and schedule over all parameters; frozen ones have no gradient and stay."""
+        recipe = self.recipe
+        classes = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+        options: dict[str, Any] = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
+        if recipe.optimizer == "sgd":
+            options["momentum"] = 0.9
+        optimizer = classes[recipe.optimizer](self.parameters(), **options)
+        epochs = self.trainer.max_epochs or 1
+        if recipe.schedule == "cosine":
+            return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)]
+        if recipe.schedule == "ovor" and epochs > 1:
+            factor = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda e: ovor_learning_rate(e, epochs, 1.0))
+            return [optimizer], [factor]
+        return optimizer
+
+
+def build_callbacks(recipe: Recipe) -> list[Any]:
+    """The recipe's callbacks, made anew."""
+    module = importlib.import_module("cl_plugins.callbacks")
+    return [getattr(module, c["class"])(**(c.get("init") or {})) for c in recipe.callbacks]
+
+
+def run_folder(out: str | Path | None, method: str, scenario: str, seed: int) -> Path:
+    """The folder of a run; files of an earlier run in it are moved to ``previous-<n>``, so nothing is lost."""
+    folder = Path(out) if out is not None else Path("runs") / f"{method}_{scenario}_seed{seed}"
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"`out` must be a folder, got the file {str(folder)!r}")
+    folder.mkdir(parents=True, exist_ok=True)
+    ours = ["result.json", "report.html", "config.yaml", *(p.name for p in folder.glob("events.*.jsonl"))]
+    old = [folder / name for name in ours if (folder / name).exists()]
+    if old:
+        number = 1 + sum(1 for _ in folder.glob("previous-*"))
+        previous = folder / f"previous-{number}"
+        previous.mkdir()
+        for path in old:
+            shutil.move(path, previous / path.name)
+    return folder
+
+
+def quiet_lightning() -> None:
+    """Silence Lightning's notes on devices, workers and tips; errors still show."""
+    for name in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for message in (".*does not have many workers.*", ".*LeafSpec.*", ".*in eval mode at the start.*",
+                    ".*The number of training batches.*", ".*GPU available but not used.*"):  # fmt: skip
+        warnings.filterwarnings("ignore", message)
+
+
+def run_benchmark(
+    method: str,
+    scenario: str,
+    *,
+    seed: int = 0,
+    order_seed: int | None = None,
+    epochs: int | None = None,
+    device: str = "auto",
+    out: str | Path | None = None,
+    options: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> StreamResult:
+    """Train and evaluate a method on a scenario and write the run folder.
+
+    Args:
+        method: a recipe's name, such as ``"ovor"``.
+        scenario: a registered stream's name, such as ``"split-digits"``.
+        seed: of initialization and data order.
+        order_seed: shuffles the classes over the tasks; None keeps the scenario's own order.
+        epochs: per task, in place of the recipe's.
+        device: "auto", "cpu", "cuda" or "mps".
+        out: the run folder; ``runs/<method>_<scenario>_seed<seed>`` when None.
+        options: settings of the recipe or arguments of its callbacks, in place of its own.
+        data: arguments of the scenario, such as ``root`` of a data set on disk.
+        progress: show a progress bar.
+
+    Returns:
+        The result; ``result.json``, ``report.html``, ``config.yaml`` and the run's events are in the folder.
+
+    Raises:
+        ValueError: for an unknown method, scenario or option, naming the nearest known one.
+    """
+    from cl_plugins.report import write_report
+    from cl_plugins.runs import read_run
+
+    scenarios = importlib.import_module("cl_plugins.scenarios")
+    callbacks_module = importlib.import_module("cl_plugins.callbacks")
+    recipe = with_options(load_recipe(method, scenario), {**(options or {}), **({} if epochs is None else {"epochs": epochs})})
+    if device not in ("auto", "cpu", "cuda", "mps"):
+        raise ValueError(f"`device` must be auto, cpu, cuda or mps, got {device!r}")
+    quiet_lightning()
+    stream = scenarios.build_scenario(
+        scenario, **{"batch_size": recipe.batch_size, "order_seed": order_seed, "data_seed": seed, **recipe.data, **(data or {})}
+    )
+    if recipe.joint:
+        stream = scenarios.joint(stream)
+    callbacks = build_callbacks(recipe)
+    pl.seed_everything(seed, workers=True, verbose=False)
+    module = ImageClassifier(create_backbone(recipe.backbone, stream.n_classes, recipe.pretrained), recipe)
+    folder = run_folder(out, method, scenario, seed)
+    identity = {"method": method, "scenario": scenario, "seed": seed, "order_seed": order_seed}
+    config = {**identity, "device": device, "recipe": {**asdict(recipe), "callbacks": list(recipe.callbacks)}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    dashboard = callbacks_module.ForgettingDashboard(folder.parent, run_id=folder.name, meta=config, report=None)
+    tracker = callbacks_module.ForgettingTracker()
+    bar = StreamProgress(f"{method} on {scenario}", enabled=progress)
+    trainer = pl.Trainer(
+        max_epochs=recipe.epochs,
+        accelerator={"auto": "auto", "cuda": "gpu"}.get(device, device),
+        devices=1,
+        callbacks=[*callbacks, tracker, dashboard, bar],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    started = time.perf_counter()
+    result = fit_stream(trainer, module, stream, seed=seed)
+    result.save(
+        folder,
+        **identity,
+        class_order=list(stream.class_order),
+        epochs=recipe.epochs,
+        wall_seconds=time.perf_counter() - started,
+        hardware={"device": str(trainer.strategy.root_device), "processor": platform.processor() or platform.machine(),
+                  "threads": torch.get_num_threads()},
+        versions={"python": platform.python_version(), "torch": torch.__version__, "pytorch_lightning": pl.__version__},
+        recipe=config["recipe"],
+    )  # fmt: skip
+    write_report([read_run(folder)], folder / "report.html", title=f"{method} on {scenario}")
+    return result
+
+
+def summary_table(result: StreamResult) -> str:
+    """The named numbers and the accuracy matrix, for a terminal."""
+    names = {
+        "average_accuracy": "average accuracy (last row)",
+        "average_incremental_accuracy": "average incremental accuracy",
+        "learning_accuracy": "learning accuracy",
+        "forgetting": "forgetting (peak since learned)",
+        "backward_transfer": "backward transfer",
+        "average_accuracy_task_known": "average accuracy, task known",
+    }
+    lines = []
+    if len(result.tasks) <= 12:
+        matrix = result.accuracy_matrix
+        lines.append(" " * 12 + "".join(f"{'T' + str(t.index):>7}" for t in result.tasks))
+        for row, values in zip(result.rows, matrix, strict=True):
+            cells = "".join("      ." if v != v else f"{float(v):7.3f}" for v in values)
+            lines.append(f"after T{row.after:<5}{cells}")
+        lines.append("")
+    for key, value in result.metrics().items():
+        lines.append(f"{names[key]:<34}{'undefined' if value is None else format(value, '.4f'):>9}")
+    seconds = sum(result.train_seconds)
+    lines.append(f"{'trainable parameters':<34}{result.trainable_parameters:>9,}")
+    lines.append(f"{'seconds training / evaluating':<34}{seconds:>9.1f} / {result.eval_seconds:.1f}")
+    return "\n".join(lines)
+
+

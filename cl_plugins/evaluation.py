@@ -1,0 +1,187 @@
+"""Counting correct predictions per task: integers on the device, one read per task, no padded duplicates."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from cl_plugins.plugin import Row, module_device
+from cl_plugins.task import Stream, Task
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+Predict = Callable[[nn.Module, Any], Tensor]
+
+
+def split_batch(batch: Any) -> tuple[Any, Tensor]:
+    """Inputs and labels of a batch: ``(x, y, ...)``, or a dict with "label", "labels" or "y".
+
+    Raises:
+        TypeError: for anything else.
+    """
+    if isinstance(batch, tuple | list) and len(batch) >= 2 and isinstance(batch[1], Tensor):
+        return batch[0], batch[1]
+    if isinstance(batch, dict):
+        key = next((k for k in ("label", "labels", "y") if k in batch), None)
+        if key is not None:
+            return batch, batch[key]
+    raise TypeError(f"`batch` must be (x, y) or a dict with the key 'label', 'labels' or 'y', got {type(batch).__name__}")
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits ``(batch, classes)`` in a model's output: a tensor, ``output.logits``, ``output["logits"]`` or a first item.
+
+    Raises:
+        TypeError: when there are none.
+    """
+    if isinstance(output, Tensor):
+        return output
+    logits = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
+    if logits is None and isinstance(output, tuple | list) and output:
+        logits = output[0]
+    if isinstance(logits, Tensor):
+        return logits
+    raise TypeError(f"the module's output must be logits or hold them as 'logits', got {type(output).__name__}")
+
+
+def default_predict(module: nn.Module, batch: Any) -> Tensor:
+    """Logits of ``module(x)``, for a batch ``(x, y)``; a dict batch is passed whole."""
+    inputs, _ = split_batch(batch)
+    return logits_of(module(inputs))
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients inside; each submodule's own mode and the gradient switch as before after it."""
+    modes = {m: m.training for m in module.modules()}
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for m, training in modes.items():
+            m.training = training
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """A batch with its tensors on ``device``; tuples, lists and dicts are followed."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {k: to_device(v, device) for k, v in batch.items()}
+    if isinstance(batch, tuple | list):
+        return type(batch)(to_device(v, device) for v in batch)
+    return batch
+
+
+def count_task(
+    module: nn.Module,
+    batches: Iterable[Any],
+    task: Task,
+    owner: Tensor,
+    seen: Tensor,
+    *,
+    n_tasks: int,
+    predict: Predict = default_predict,
+) -> Tensor:
+    """Counts of one task's test data.
+
+    Args:
+        module: in eval mode, on the device of the batches.
+        batches: on the same device.
+        task: the one the data belong to.
+        owner: ``(classes,)`` int64, the task that teaches a class.
+        seen: ``(classes,)`` bool, classes that a prediction may name.
+        n_tasks: tasks in the stream.
+        predict: gives logits ``(batch, classes)``.
+
+    Returns:
+        int64 ``(3 + n_tasks,)``: correct, total, correct among the task's own classes, then predictions per task.
+    """
+    device = owner.device
+    counts = torch.zeros(3 + n_tasks, dtype=torch.int64, device=device)
+    own = torch.as_tensor(task.classes, device=device)
+    for batch in batches:
+        _, labels = split_batch(batch)
+        logits = predict(module, batch)[:, : len(owner)]
+        if logits.shape[1] <= max(task.classes):
+            raise ValueError(
+                f"the head must have a row for every class, got {logits.shape[1]} outputs for class {max(task.classes)};"
+                f" build the model with {len(owner)} outputs"
+            )
+        hidden = ~seen[: logits.shape[1]]
+        predicted = logits.masked_fill(hidden, -torch.inf).argmax(1)
+        counts[0] += (predicted == labels).sum()
+        counts[1] += len(labels)
+        counts[2] += (own[logits[:, own].argmax(1)] == labels).sum()
+        counts[3:] += torch.bincount(owner[predicted], minlength=n_tasks)
+    return counts
+
+
+def evaluate_tasks(
+    module: nn.Module,
+    stream: Stream,
+    upto: int,
+    *,
+    trainer: pl.Trainer | None = None,
+    future: bool = False,
+    predict: Predict = default_predict,
+) -> Row:
+    """Accuracy on the test data of tasks 0 to ``upto``; predictions may name any class seen so far.
+
+    With several processes each counts its own share of the test data and the counts are added, so the numbers are those of
+    one process exactly.
+
+    Args:
+        module: the model; its modes are restored.
+        stream: gives the tasks and their test data.
+        upto: index of the task that was learned last; -1 for none, which lets predictions name every class.
+        trainer: for device, precision and processes; without one the module's own device is used.
+        future: also evaluate tasks that are not learned yet.
+        predict: gives the logits of a batch; the default calls the module.
+
+    Raises:
+        ValueError: when a label of the data is not a class of its task's stream.
+    """
+    started = time.perf_counter()
+    tasks: Sequence[Task] = stream.tasks
+    n = len(tasks)
+    device = module_device(module) if trainer is None else trainer.strategy.root_device
+    if trainer is not None:
+        module.to(device)  # Lightning moves the module to the CPU when a fit ends
+    owner = torch.zeros(stream.n_classes, dtype=torch.int64)
+    seen = torch.zeros(stream.n_classes, dtype=torch.bool)
+    for task in tasks:
+        owner[list(task.classes)] = task.index
+        if task.index <= upto or upto < 0:
+            seen[list(task.classes)] = True
+    owner, seen = owner.to(device), seen.to(device)
+    chosen = [t for t in tasks if t.index <= upto or future or upto < 0]
+    precision: AbstractContextManager[Any] = nullcontext()
+    move = partial(to_device, device=device)
+    if trainer is not None:
+        precision = trainer.precision_plugin.forward_context()
+        if trainer.strategy.lightning_module is module:
+            move = trainer.strategy.batch_to_device  # runs the module's own transfer hooks
+    counts = torch.zeros(n, 3 + n, dtype=torch.int64, device=device)
+    with evaluating(module), precision:
+        for task in chosen:
+            batches = (move(b) for b in stream.test_loader(task.index))
+            counts[task.index] = count_task(module, batches, task, owner, seen, n_tasks=n, predict=predict)
+    if trainer is not None and trainer.world_size > 1:
+        torch.distributed.all_reduce(counts)
+    table = counts.cpu()
+    measured = {t.index for t in chosen if int(table[t.index, 1]) > 0}
+
+    def column(k: int) -> tuple[int | None, ...]:
+        return tuple(int(table[i, k]) if i in measured else None for i in range(n))
+
+    confusion = tuple(tuple(int(c) for c in table[i, 3:]) for i in range(n))
+    return Row(upto, column(0), column(1), column(2), confusion, time.perf_counter() - started)

@@ -1,0 +1,184 @@
+"""What training over a stream gives: the accuracy matrix as counts, and the numbers that follow from it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cl_plugins import functional
+from cl_plugins.plugin import Row
+from cl_plugins.task import Task
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write ``value`` so that a reader sees the old file or the whole new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(value, indent=1, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _number(value: Tensor | float) -> float | None:
+    """A float for JSON; undefined is null there."""
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+@dataclass
+class StreamResult:
+    """Accuracy of every task after every task, as integer counts.
+
+    Attributes:
+        tasks: the stream's tasks.
+        rows: one evaluation after each task that was finished.
+        initial: the evaluation before any training, when it was asked for.
+        stream: what the stream is (name, seeds, class order), as plain values.
+        train_seconds: time in ``fit``, per task.
+        trainable_parameters: number of parameters that the last task trained.
+
+    Example:
+        >>> row = Row(0, (9, None), (10, None), (10, None), ((10, 0), (0, 0)), 0.1)
+        >>> result = StreamResult([Task(0, (0, 1)), Task(1, (2, 3))], [row])
+        >>> result.average_accuracy
+        0.9
+    """
+
+    tasks: list[Task]
+    rows: list[Row] = field(default_factory=list)
+    initial: Row | None = None
+    stream: dict[str, Any] = field(default_factory=dict)
+    train_seconds: list[float] = field(default_factory=list)
+    trainable_parameters: int = 0
+
+    def _counts(self, name: str) -> Tensor:
+        cells = [[-1 if c is None else c for c in getattr(row, name)] for row in self.rows]
+        return torch.tensor(cells, dtype=torch.int64).reshape(len(self.rows), len(self.tasks))
+
+    @property
+    def correct(self) -> Tensor:
+        """Correct predictions ``(rows, tasks)`` int64, -1 where not measured."""
+        return self._counts("correct")
+
+    @property
+    def total(self) -> Tensor:
+        """Test samples ``(rows, tasks)`` int64, -1 where not measured."""
+        return self._counts("total")
+
+    def _ratio(self, name: str) -> Tensor:
+        correct, total = self._counts(name).double(), self.total.double()
+        return torch.where(total > 0, correct / total, torch.nan)
+
+    @property
+    def accuracy_matrix(self) -> Tensor:
+        """Accuracy ``(rows, tasks)`` float64 in [0, 1], NaN where not measured; row i is after task i."""
+        return self._ratio("correct")
+
+    @property
+    def accuracy_matrix_task_known(self) -> Tensor:
+        """The same when the task of each sample is given and the choice is among its classes."""
+        return self._ratio("correct_in_task")
+
+    @property
+    def average_accuracy(self) -> float:
+        """Mean over tasks of the accuracy after the last task (A_last)."""
+        return float(functional.average_accuracy(self.accuracy_matrix))
+
+    @property
+    def average_incremental_accuracy(self) -> float:
+        """Mean over steps of the average accuracy at that step."""
+        return float(functional.average_incremental_accuracy(self.accuracy_matrix))
+
+    @property
+    def learning_accuracy(self) -> float:
+        """Mean over tasks of the accuracy right after the task was learned."""
+        return float(functional.learning_accuracy(self.accuracy_matrix))
+
+    @property
+    def forgetting(self) -> float:
+        """Mean over old tasks of best accuracy since learned minus final accuracy; NaN with one task."""
+        return float(functional.forgetting(self.accuracy_matrix))
+
+    @property
+    def backward_transfer(self) -> float:
+        """Mean over old tasks of final accuracy minus accuracy right after learning; NaN with one task."""
+        return float(functional.backward_transfer(self.accuracy_matrix))
+
+    @property
+    def eval_seconds(self) -> float:
+        """Time spent evaluating."""
+        return sum(row.seconds for row in self.rows)
+
+    def metrics(self) -> dict[str, float | None]:
+        """The named numbers; None where a number is undefined."""
+        return {
+            "average_accuracy": _number(self.average_accuracy),
+            "average_incremental_accuracy": _number(self.average_incremental_accuracy),
+            "learning_accuracy": _number(self.learning_accuracy),
+            "forgetting": _number(self.forgetting),
+            "backward_transfer": _number(self.backward_transfer),
+            "average_accuracy_task_known": _number(functional.average_accuracy(self.accuracy_matrix_task_known)),
+        }
+
+    def to_frame(self) -> pd.DataFrame:
+        """The matrix as a pandas table: rows "after <task>", columns the tasks' names."""
+        import pandas as pd
+
+        names = [t.name for t in self.tasks]
+        index = [f"after {self.tasks[row.after].name}" for row in self.rows]
+        return pd.DataFrame(self.accuracy_matrix.numpy(), index=index, columns=names)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values; fractions, never percent."""
+        return {
+            **self.metrics(),
+            "definitions": {
+                "average_accuracy": "mean over tasks of the last row",
+                "average_incremental_accuracy": "mean over rows of the mean over tasks seen so far",
+                "learning_accuracy": "mean over tasks of the accuracy right after learning the task",
+                "forgetting": "mean over old tasks of peak accuracy since learned minus final accuracy",
+                "backward_transfer": "mean over old tasks of final accuracy minus accuracy right after learning",
+                "average_accuracy_task_known": "average_accuracy with the choice among the task's own classes",
+            },
+            "accuracy_matrix": [[_number(c) for c in row] for row in self.accuracy_matrix],
+            "accuracy_matrix_task_known": [[_number(c) for c in row] for row in self.accuracy_matrix_task_known],
+            "correct": [list(row.correct) for row in self.rows],
+            "total": [list(row.total) for row in self.rows],
+            "task_confusion": [[list(line) for line in row.confusion] for row in self.rows[-1:]],
+            "tasks": [{"index": t.index, "name": t.name, "classes": list(t.classes)} for t in self.tasks],
+            "stream": self.stream,
+            "trainable_parameters": self.trainable_parameters,
+            "train_seconds": sum(self.train_seconds),
+            "train_seconds_per_task": self.train_seconds,
+            "eval_seconds": self.eval_seconds,
+        }
+
+    def save(self, path: str | Path, **extra: Any) -> Path:
+        """Write :meth:`to_dict` and ``extra`` as JSON, in one piece or not at all.
+
+        Args:
+            path: a ``.json`` file, or a folder that gets ``result.json``.
+            **extra: further plain values, such as the method's name and the seed.
+
+        Returns:
+            The file.
+        """
+        target = Path(path)
+        target = target if target.suffix == ".json" else target / "result.json"
+        write_json(target, {**extra, **self.to_dict()})
+        return target

@@ -1,0 +1,246 @@
+"""Training over a stream: one Trainer, one ``fit`` per task, the accuracy matrix row by row.
+
+A loop of your own needs no more than this (``fit_stream`` adds the refusals, the seeds and the resume):
+
+    for task in stream.tasks:
+        start_task(trainer, module, stream, task.index)
+        trainer.fit(module, datamodule=stream)
+        row = end_task(trainer, module, stream, task.index)
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from cl_plugins._lightning import Callback
+from cl_plugins.evaluation import Predict, default_predict, evaluate_tasks
+from cl_plugins.plugin import ContinualCallback, Row, plugins_of
+from cl_plugins.result import StreamResult
+from cl_plugins.stream_state import StreamState, row_from_state
+from cl_plugins.task import Stream, check_tasks
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+_RESET_BETWEEN_TASKS = ("EarlyStopping", "ModelCheckpoint")
+
+
+@contextmanager
+def task_seed(seed: int, task: int, purpose: int = 0) -> Iterator[None]:
+    """Run the block with torch's random state seeded by ``(seed, task, purpose)``; outside it stays as it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed((seed * 1_000_003 + task * 8_191 + purpose) % (1 << 63))
+        yield
+
+
+class _LossGuard(Callback):
+    """Stops at the end of the epoch in which the loss became NaN or infinite, without a host sync per batch."""
+
+    def __init__(self) -> None:
+        self._bad: Tensor | None = None
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if isinstance(loss, Tensor):
+            bad = ~torch.isfinite(loss.detach()).all()
+            self._bad = bad if self._bad is None else self._bad | bad
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        bad, self._bad = self._bad, None
+        if bad is not None and bool(bad):
+            raise FloatingPointError(
+                f"the training loss must stay finite, got NaN or infinity in epoch {trainer.current_epoch} of this task;"
+                " lower the learning rate or clip the gradients; finished tasks are recorded"
+            )
+
+
+def _refuse(trainer: pl.Trainer, stream: Stream) -> None:
+    """Settings that would train something else than asked, said before anything is trained."""
+    if trainer.max_steps != -1:
+        raise ValueError(
+            f"`max_steps` counts over the whole stream and would end training inside a task, got {trainer.max_steps!r};"
+            " set `max_epochs` (epochs per task) and `limit_train_batches` instead"
+        )
+    if trainer.reload_dataloaders_every_n_epochs:
+        raise ValueError(
+            "`reload_dataloaders_every_n_epochs` must be 0, since the stream gives each task its own loader,"
+            f" got {trainer.reload_dataloaders_every_n_epochs!r}"
+        )
+    launcher = getattr(trainer.strategy, "launcher", None)
+    if launcher is not None and type(launcher).__name__.startswith("_MultiProcessing"):
+        raise ValueError(
+            "`strategy` must not spawn processes, because what they learn is lost when a task ends,"
+            f" got {type(trainer.strategy).__name__} with a spawn or fork launcher; use strategy='ddp' and torchrun"
+        )
+    check_tasks(stream.tasks, shared_classes=bool(getattr(stream, "shared_classes", False)))
+    too_large = max(max(t.classes) for t in stream.tasks)
+    if stream.n_classes <= too_large:
+        raise ValueError(f"`stream.n_classes` must cover class {too_large}, got {stream.n_classes!r}")
+
+
+def _initial_states(trainer: pl.Trainer) -> dict[int, dict[str, Any]]:
+    return {
+        id(c): copy.deepcopy(c.state_dict())
+        for c in trainer.callbacks  # type: ignore[attr-defined]
+        if any(base.__name__ in _RESET_BETWEEN_TASKS for base in type(c).__mro__)
+    }
+
+
+def _restore_states(trainer: pl.Trainer, states: dict[int, dict[str, Any]]) -> None:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if id(callback) in states:
+            callback.load_state_dict(copy.deepcopy(states[id(callback)]))
+
+
+def start_task(trainer: pl.Trainer, module: pl.LightningModule, stream: Stream, index: int, seed: int = 0) -> None:
+    """Make the stream, the Trainer and its plugins ready for ``trainer.fit`` on one task.
+
+    Args:
+        trainer: its ``max_epochs`` counts per task.
+        module: the user's module; plugins grow it here, before its optimizer exists.
+        stream: gives the data; passed to ``fit`` as ``datamodule``.
+        index: the task.
+        seed: for what plugins draw when they grow.
+    """
+    stream.task = index
+    trainer.fit_loop.epoch_progress.reset()  # without it a second fit does nothing, silently
+    with task_seed(seed, index):
+        for plugin in plugins_of(trainer):
+            plugin.on_task_start(trainer, module, stream.tasks[index])
+
+
+def end_task(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    stream: Stream,
+    index: int,
+    *,
+    future: bool = False,
+    predict: Predict = default_predict,
+) -> Row:
+    """Let the plugins finish the task and evaluate all tasks so far.
+
+    Returns:
+        The row of the accuracy matrix, as counts.
+    """
+    with task_seed(0, index, purpose=1):
+        for plugin in plugins_of(trainer):
+            plugin.on_task_end(trainer, module, stream.tasks[index])
+    row = evaluate_tasks(module, stream, index, trainer=trainer, future=future, predict=predict)
+    for plugin in plugins_of(trainer):
+        plugin.on_row(trainer, module, row)
+    return row
+
+
+def _needs_fit(plugins: list[ContinualCallback]) -> bool:
+    kinds = {p.training for p in plugins}
+    return "required" in kinds or "none" not in kinds
+
+
+def find_checkpoint(trainer: pl.Trainer, ckpt_path: str | Path) -> Path:
+    """The checkpoint file that ``ckpt_path`` means; ``"last"`` is the newest one of this Trainer's folders.
+
+    Raises:
+        FileNotFoundError: saying where it was looked for.
+    """
+    if str(ckpt_path) != "last":
+        path = Path(ckpt_path)
+        if not path.is_file():
+            raise FileNotFoundError(f"`ckpt_path` must be a checkpoint file or 'last', got {str(ckpt_path)!r}")
+        return path
+    folders = {Path(c.dirpath) for c in trainer.checkpoint_callbacks if getattr(c, "dirpath", None)}
+    folders = folders or {Path(trainer.default_root_dir)}
+    found = [p for folder in folders if folder.is_dir() for p in folder.rglob("*.ckpt")]
+    if not found:
+        raise FileNotFoundError(
+            f"`ckpt_path='last'` found no .ckpt file in {', '.join(sorted(map(str, folders)))};"
+            " give the Trainer a ModelCheckpoint with `save_last=True`, or leave `ckpt_path` out to start anew"
+        )
+    return max(found, key=lambda p: p.stat().st_mtime_ns)
+
+
+def fit_stream(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    stream: Stream,
+    ckpt_path: str | Path | None = None,
+    *,
+    seed: int = 0,
+    evaluate_initial: bool = False,
+    evaluate_future: bool = False,
+    predict: Predict = default_predict,
+) -> StreamResult:
+    """Train ``module`` on one task after the other and evaluate it on all tasks so far after each.
+
+    Args:
+        trainer: a Trainer of ``pytorch_lightning`` or ``lightning.pytorch``; ``max_epochs`` is per task. Its callbacks may
+            be any mix of Lightning's own and this library's.
+        module: the user's module; it needs no more than ``training_step`` and ``configure_optimizers``.
+        stream: the tasks, a :class:`cl_plugins.scenarios.TaskStream` or anything like it.
+        ckpt_path: continue from this checkpoint, inside a task or between two; ``"last"`` for the newest.
+        seed: for what plugins draw at a task's start (new prompts, new experts).
+        evaluate_initial: evaluate all tasks before any training, for forward transfer.
+        evaluate_future: evaluate tasks that are not learned yet as well, for transfer metrics.
+        predict: gives the logits ``(batch, classes)`` of a batch; the default calls ``module(x)``.
+
+    Returns:
+        The accuracy matrix as counts, and the numbers that follow from it.
+
+    Raises:
+        ValueError: for settings that cannot work with a stream, and for faulty streams, before any training.
+        FloatingPointError: when the loss becomes NaN or infinite.
+    """
+    _refuse(trainer, stream)
+    state = next((c for c in trainer.callbacks if isinstance(c, StreamState)), None)  # type: ignore[attr-defined]
+    if state is None:
+        state = StreamState()
+        trainer.callbacks.insert(0, state)  # type: ignore[attr-defined]
+    if not any(isinstance(c, _LossGuard) for c in trainer.callbacks):  # type: ignore[attr-defined]
+        trainer.callbacks.append(_LossGuard())  # type: ignore[attr-defined]
+    result = StreamResult(list(stream.tasks), stream=stream.provenance())
+    state.begin(stream, result)
+    first, resume = 0, None
+    if ckpt_path is not None:
+        resume = find_checkpoint(trainer, ckpt_path)
+        saved = state.read(resume)
+        first = saved["task"]
+        result.rows[:] = [row_from_state(r) for r in saved["rows"]]
+        result.initial = None if saved["initial"] is None else row_from_state(saved["initial"])
+        result.train_seconds[:] = saved["train_seconds"]
+    plugins = plugins_of(trainer)
+    for plugin in plugins:
+        plugin.on_stream_start(trainer, module, stream)
+    if evaluate_initial and resume is None:
+        result.initial = evaluate_tasks(module, stream, -1, trainer=trainer, predict=predict)
+        for plugin in plugins:
+            plugin.on_row(trainer, module, result.initial)
+    initial = _initial_states(trainer)
+    for index in range(first, len(stream.tasks)):
+        _restore_states(trainer, initial)
+        state.task = index
+        started = time.perf_counter()
+        start_task(trainer, module, stream, index, seed)
+        result.trainable_parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        if _needs_fit(plugins):
+            # Lightning types the two packages' data modules apart
+            trainer.fit(module, datamodule=cast("Any", stream), ckpt_path=None if resume is None else os.fspath(resume))
+            if trainer.interrupted:
+                raise KeyboardInterrupt(f"training was stopped in task {index}; finished tasks are recorded")
+        elif resume is not None:
+            state.load_weights(module, resume)
+        resume = None
+        row = end_task(trainer, module, stream, index, future=evaluate_future, predict=predict)
+        result.train_seconds.append(time.perf_counter() - started - row.seconds)
+        result.rows.append(row)
+    for plugin in plugins:
+        plugin.on_stream_end(trainer, module, result)
+    return result

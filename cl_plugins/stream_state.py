@@ -1,0 +1,133 @@
+"""What a checkpoint must hold beside Lightning's own state, so that a stream goes on inside any task."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cl_plugins._lightning import Callback
+from cl_plugins.plugin import Row
+from cl_plugins.result import StreamResult
+from cl_plugins.task import Stream
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+KEY = "cl_plugins.StreamState"
+
+
+def row_to_state(row: Row) -> dict[str, Any]:
+    """A row as plain lists."""
+    return {k: [list(x) if isinstance(x, tuple) else x for x in v] if isinstance(v, tuple) else v
+            for k, v in asdict(row).items()}  # fmt: skip
+
+
+def row_from_state(state: dict[str, Any]) -> Row:
+    """The inverse of :func:`row_to_state`."""
+    return Row(
+        after=state["after"],
+        correct=tuple(state["correct"]),
+        total=tuple(state["total"]),
+        correct_in_task=tuple(state["correct_in_task"]),
+        confusion=tuple(tuple(line) for line in state["confusion"]),
+        seconds=state["seconds"],
+    )
+
+
+def random_states() -> dict[str, Any]:
+    """States of torch's, NumPy's and Python's global generators as tensors and plain values."""
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    states: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": [version, list(internal), gauss],
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """The inverse of :func:`random_states`."""
+    torch.set_rng_state(states["torch"])
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    if "cuda" in states and torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+class StreamState(Callback):
+    """Puts the position in the stream, the finished rows and the random states into every checkpoint.
+
+    WHEN: read by :func:`cl_plugins.fit_stream` before it resumes; the random states are set again when training starts.
+    """
+
+    def __init__(self) -> None:
+        self.task = 0
+        self._result: StreamResult | None = None
+        self._identity: dict[str, Any] = {}
+        self._pending: dict[str, Any] | None = None
+
+    @property
+    def state_key(self) -> str:
+        """The same in every version of the library."""
+        return KEY
+
+    def begin(self, stream: Stream, result: StreamResult) -> None:
+        """Remember whose rows to save."""
+        self._result = result
+        self._identity = {"name": stream.name, "tasks": [list(t.classes) for t in stream.tasks]}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain lists and tensors, loadable with ``weights_only=True``."""
+        result = self._result
+        return {
+            "task": self.task,
+            "stream": self._identity,
+            "rows": [] if result is None else [row_to_state(r) for r in result.rows],
+            "initial": None if result is None or result.initial is None else row_to_state(result.initial),
+            "train_seconds": [] if result is None else list(result.train_seconds),
+            "random": random_states(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the random states until training starts, since building optimizers and loaders draws too."""
+        self._pending = state_dict["random"]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Go on with the random numbers where the checkpoint stopped."""
+        if self._pending is not None:
+            set_random_states(self._pending)
+            self._pending = None
+
+    def read(self, path: Path) -> dict[str, Any]:
+        """The saved state in a checkpoint, checked against the stream.
+
+        Raises:
+            ValueError: when the file is no stream checkpoint or one of another stream.
+        """
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        state: dict[str, Any] | None = checkpoint.get("callbacks", {}).get(KEY)
+        if state is None:
+            raise ValueError(f"`ckpt_path` must be a checkpoint written by fit_stream, got {str(path)!r} without a stream")
+        if state["stream"] != self._identity:
+            raise ValueError(
+                f"`ckpt_path` must belong to this stream, got {str(path)!r} of {state['stream'].get('name')!r} with"
+                f" {len(state['stream'].get('tasks', []))} tasks; use the same scenario, class order and seeds"
+            )
+        return state
+
+    @staticmethod
+    def load_weights(module: nn.Module, path: Path) -> None:
+        """Strictly load the weights alone, for methods without a training phase."""
+        weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        module.load_state_dict(weights)

@@ -1,0 +1,226 @@
+"""What a stream reads: sources of samples, the flat index of which task has which sample, and one task's view of both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from ._seeds import IMAGE, SPLIT, ForkedRandomness, generator, words
+
+Transform = Callable[[Any], Any]
+
+
+@runtime_checkable
+class BatchSource(Protocol):
+    """A source that gives the inputs of many samples at once, faster than one by one."""
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        ...
+
+    def read(self, indices: NDArray[np.int64]) -> Tensor:
+        """Inputs of these samples as one batch."""
+        ...
+
+
+class TensorSource:
+    """Samples that lie in memory.
+
+    Args:
+        inputs: ``(samples, ...)``; given out as they are.
+        labels: ``(samples,)`` integers.
+
+    Example:
+        >>> TensorSource(torch.zeros(4, 3), torch.arange(4)).read(np.array([1, 2])).shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(self, inputs: Tensor, labels: Tensor | NDArray[np.int64]) -> None:
+        if len(inputs) != len(labels):
+            raise ValueError(f"`labels` must be as many as `inputs`, {len(inputs)}, got {len(labels)}")
+        self.inputs = inputs
+        self.labels = np.asarray(labels)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def read(self, indices: NDArray[np.int64]) -> Tensor:
+        """Inputs of these samples as one batch."""
+        return self.inputs[torch.from_numpy(indices)]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.inputs[index], int(self.labels[index])
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """The samples of a source that tasks use: one flat array, grouped by task.
+
+    Attributes:
+        source: map dataset, or a :class:`BatchSource`.
+        labels: ``(samples of the source,)`` int64.
+        indices: ``(used samples,)`` int64, all of task 0, then all of task 1, ...
+        offsets: ``(tasks + 1,)`` int64, where each task begins.
+    """
+
+    source: Any
+    labels: NDArray[np.int64]
+    indices: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+
+    @classmethod
+    def by_class(cls, source: Any, labels: NDArray[np.int64], classes: Sequence[Sequence[int]]) -> Split:
+        """Each sample goes to the task that teaches its class; samples of no task are left out."""
+        largest = max([int(labels.max(initial=-1)), *(max(c) for c in classes)])
+        kind = np.int16 if len(classes) < 2**15 else np.int64  # NumPy sorts 16-bit integers by radix
+        owner = np.full(largest + 1, -1, kind)
+        for task, own in enumerate(classes):
+            owner[list(own)] = task
+        return cls.by_task(source, labels, owner[labels], len(classes))
+
+    @classmethod
+    def by_task(cls, source: Any, labels: NDArray[np.int64], task_of: NDArray[Any], n_tasks: int) -> Split:
+        """Each sample goes to the task named for it; -1 leaves it out."""
+        order = np.argsort(task_of, kind="stable")
+        counts = np.bincount(task_of.astype(np.int64) + 1, minlength=n_tasks + 1)
+        return cls(source, labels, order[counts[0] :], np.concatenate([[0], np.cumsum(counts[1:])]))
+
+    def of(self, task: int) -> NDArray[np.int64]:
+        """Indices into the source of one task's samples."""
+        return self.indices[self.offsets[task] : self.offsets[task + 1]]
+
+    def sizes(self) -> list[int]:
+        """Samples per task."""
+        return [int(n) for n in np.diff(self.offsets)]
+
+    def hold_out(self, fraction: float, seed: int) -> tuple[Split, Split]:
+        """Two disjoint splits: ``fraction`` of every class in the second, drawn by ``seed``; a class keeps one sample."""
+        labels = self.labels[self.indices]
+        shuffled = generator(SPLIT, seed).permutation(len(labels))
+        by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+        counts = np.bincount(labels)
+        first = np.concatenate([[0], np.cumsum(counts)[:-1]])
+        rank = np.empty(len(labels), np.int64)  # of a sample among those of its class, in random order
+        rank[by_class] = np.arange(len(labels)) - first[labels[by_class]]
+        wanted = np.minimum(np.round(fraction * counts), counts - 1)
+        held = rank < wanted[labels]
+        return self._only(~held), self._only(held)
+
+    def _only(self, keep: NDArray[np.bool_]) -> Split:
+        before = np.concatenate([[0], np.cumsum(keep)])
+        return Split(self.source, self.labels, self.indices[keep], before[self.offsets])
+
+
+class _Stacked(tuple[Any, ...]):
+    """A batch that needs no collation."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True)
+class Collate:
+    """Stacks samples unless they are stacked already."""
+
+    function: Callable[[list[Any]], Any] | None = None
+
+    def __call__(self, batch: Any) -> Any:
+        """A batch from what :class:`TaskView` gave."""
+        return list(batch) if isinstance(batch, _Stacked) else (self.function or default_collate)(batch)
+
+
+class TaskView(Dataset[Any]):
+    """One task's samples, as ``(input, label)``.
+
+    A sample's random augmentation is a function of ``(seed, task, epoch, sample)``: torch's, NumPy's and Python's generators
+    are seeded by it around the sample's transform and set back after the batch. So neither the order of samples, nor the
+    number of workers, nor a resume changes an image, and the global generators never advance.
+
+    Args:
+        source: map dataset, or a :class:`BatchSource`.
+        labels: of all samples of the source; they replace the label that a sample brings.
+        indices: the task's samples.
+        transform: for the input of a sample.
+        seed: data seed and task.
+        collate_fn: makes a batch of a list of samples; None stacks, and reads whole batches where the source can.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        labels: NDArray[np.int64],
+        indices: NDArray[np.int64],
+        transform: Transform | None = None,
+        seed: tuple[int, int] = (0, 0),
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+    ) -> None:
+        self.source = source
+        self.labels = labels
+        self.indices = indices
+        self.transform = transform
+        self.seed = seed
+        self.collate = Collate(collate_fn)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, number: int | list[int]) -> Any:
+        if isinstance(number, list):
+            return self.collate(self.__getitems__(number))
+        return self._samples(np.array([number]))[0]
+
+    def __getitems__(self, numbers: Sequence[int]) -> Any:
+        """The samples of a batch; ``number = epoch * len(self) + position``."""
+        asked = np.asarray(numbers, np.int64)
+        if self.collate.function is None and self.transform is None and isinstance(self.source, BatchSource):
+            chosen = self.indices[asked % len(self)]
+            return _Stacked((self.source.read(chosen), torch.from_numpy(self.labels[chosen])))
+        return self._samples(asked)
+
+    def _samples(self, numbers: NDArray[np.int64]) -> list[Any]:
+        epochs, positions = np.divmod(numbers, len(self))
+        chosen = self.indices[positions]
+        seeds = words(IMAGE, *self.seed, epochs, chosen)
+        samples = []
+        with ForkedRandomness() as randomness:
+            for index, seed in zip(chosen.tolist(), seeds.tolist(), strict=True):
+                randomness.seed(seed)
+                samples.append(self._sample(index))
+        return samples
+
+    def _sample(self, index: int) -> Any:
+        label = int(self.labels[index])
+        if isinstance(self.source, BatchSource):
+            item: Any = (self.source.read(np.array([index]))[0], label)
+        else:
+            item = self._read(index)
+        if isinstance(item, dict):
+            return self._relabel(item, label)
+        if isinstance(item, tuple | list):
+            return (self._transformed(item[0]), label, *item[2:])
+        return (self._transformed(item), label)
+
+    def _transformed(self, value: Any) -> Any:
+        return value if self.transform is None else self.transform(value)
+
+    def _relabel(self, item: dict[str, Any], label: int) -> dict[str, Any]:
+        changed = item if self.transform is None else self.transform(item)
+        key = next((k for k in ("label", "labels", "y") if k in changed), "label")
+        return {**changed, key: label}
+
+    def _read(self, index: int) -> Any:
+        try:
+            return self.source[index]
+        except OSError as error:
+            paths = getattr(self.source, "samples", None)
+            where = f" ({paths[index][0]})" if isinstance(paths, list) and isinstance(paths[index], tuple) else ""
+            raise RuntimeError(
+                f"sample {index}{where} must be readable, got {type(error).__name__}: {error};"
+                " repair or remove the file"
+            ) from error

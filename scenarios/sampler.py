@@ -1,0 +1,170 @@
+"""The order of samples: seeded by (data seed, task, epoch), split over processes, resumable at any batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, DistributedSampler
+
+from ._seeds import SAMPLE_ORDER, generator
+
+
+class TaskSampler(DistributedSampler[Any]):
+    """Gives the numbers of one task's samples; number = epoch * n + position.
+
+    The epoch travels inside the number, so that worker processes that outlive an epoch still know it. It is a
+    ``DistributedSampler`` because Lightning leaves those as they are and replaces every other one when it runs several
+    processes.
+
+    Args:
+        n: samples of the task.
+        seed: ``(data_seed, task)`` to shuffle by; None keeps the order.
+        rank: which share to give.
+        world_size: number of shares.
+        pad: repeat samples until all shares are equally long, as training needs; without it the shares differ by one
+            sample at most and no sample is in two.
+
+    Example:
+        >>> list(TaskSampler(5, rank=1, world_size=2))
+        [1, 3]
+    """
+
+    def __init__(
+        self,
+        n: int,
+        *,
+        seed: tuple[int, int] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        pad: bool = False,
+    ) -> None:
+        super().__init__(range(n), num_replicas=world_size, rank=rank, shuffle=seed is not None)  # type: ignore[arg-type]
+        self.n = n
+        self.key = seed
+        self.pad = pad
+        self.num_samples = -(-n // world_size) if pad else len(range(rank, n, world_size))
+        self.start = 0  # samples of this share to leave out, once, after a resume
+        self._used = False
+        self._told = False
+
+    def set_epoch(self, epoch: int) -> None:
+        """Use the order of ``epoch``; Lightning calls it before each."""
+        if epoch != self.epoch or self._used:
+            self.start = 0
+        self.epoch = epoch
+        self._used, self._told = False, True
+
+    def resume(self, epoch: int, start: int) -> None:
+        """Give the rest of ``epoch`` behind its first ``start`` samples at the next pass."""
+        self.epoch, self.start = epoch, start
+        self._used = self._told = False
+
+    def begin(self) -> None:
+        """Start a pass: a second pass without :meth:`set_epoch` is the next epoch."""
+        finished = self.start >= self.num_samples > 0 and not self._told
+        if self._used or finished:
+            self.epoch += 1
+            self.start = 0
+        self._used, self._told = True, False
+
+    def share(self) -> NDArray[np.int64]:
+        """Positions in the task that this process sees in the epoch, in order."""
+        if self.key is None:
+            order = np.arange(self.n)
+        else:
+            order = generator(SAMPLE_ORDER, *self.key, self.epoch).permutation(self.n)
+        if self.pad and self.n:
+            order = np.resize(order, self.num_samples * self.num_replicas)  # repeats from the front
+        return order[self.rank :: self.num_replicas]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.epoch * self.n + self.share()[self.start :]).tolist())
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+
+class EvenBatches(TaskSampler):
+    """Gives lists of numbers: the same number of batches in every process, and still no sample twice.
+
+    Lightning validates through the DDP wrapper, whose buffer broadcasts wait for every process at every batch. Only when
+    there are fewer samples than processes, or batches of one, the last samples are repeated to fill a batch.
+
+    Args:
+        n: samples of the task.
+        batch_size: of the largest batch.
+        rank: which share to give.
+        world_size: number of shares.
+    """
+
+    def __init__(self, n: int, batch_size: int, rank: int, world_size: int) -> None:
+        super().__init__(n, rank=rank, world_size=world_size)
+        self.n_batches = -(-(-(-n // world_size)) // batch_size)
+
+    def __iter__(self) -> Iterator[Any]:
+        mine = self.share()
+        if len(mine) < self.n_batches:
+            mine = np.append(mine, self.n - 1)
+        return (part.tolist() for part in np.array_split(mine, self.n_batches))
+
+    def __len__(self) -> int:
+        return self.n_batches
+
+
+class StreamLoader(DataLoader[Any]):
+    """A ``DataLoader`` that knows how far it is; Lightning stores that in checkpoints and continues there, bit for bit.
+
+    Batches that workers prepared ahead do not count, only those handed over.
+    """
+
+    _delivered = 0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        # a generator, so that workers start after Lightning has named the epoch
+        sampler = self.sampler
+        if isinstance(sampler, TaskSampler):
+            sampler.begin()
+            self._delivered = sampler.start // (self.batch_size or 1)
+        for batch in super().__iter__():
+            self._delivered += 1
+            yield batch
+
+    def _identity(self) -> dict[str, Any]:
+        sampler = self.sampler
+        if not isinstance(sampler, TaskSampler):
+            return {}
+        return {
+            "samples": sampler.n,
+            "seed": None if sampler.key is None else list(sampler.key),
+            "processes": sampler.num_replicas,
+            "batch_size": self.batch_size,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Epoch and number of batches that were handed over in it."""
+        sampler = self.sampler
+        epoch = sampler.epoch if isinstance(sampler, TaskSampler) else 0
+        return {"epoch": epoch, "batches": self._delivered, **self._identity()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue behind the batches that were handed over.
+
+        Raises:
+            ValueError: when the state lies inside an epoch and belongs to other data, seeds, processes or batch sizes.
+        """
+        sampler = self.sampler
+        if not isinstance(sampler, TaskSampler):
+            return
+        mine = self._identity()
+        inside = 0 < state_dict["batches"] < len(self)
+        for name, value in mine.items():
+            if inside and state_dict.get(name) != value:
+                raise ValueError(
+                    f"the checkpoint was written inside an epoch with {name} {state_dict.get(name)!r}, got {value!r};"
+                    " continue with the same value, or from a checkpoint at the end of an epoch"
+                )
+        self._delivered = int(state_dict["batches"])
+        sampler.resume(int(state_dict["epoch"]), self._delivered * (self.batch_size or 1))

@@ -1,0 +1,173 @@
+"""The command line as a person meets it: in a process of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cl_plugins.cli import _pair, main
+from cl_plugins.recipes import Recipe, load_recipe, recipe_names, with_options
+
+FAST = ["--scenario", "split-digits", "--epochs", "1", "--device", "cpu", "--quiet"]
+
+
+def _bench(*words, **options):
+    command = [sys.executable, "-m", "cl_plugins.cli", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+def test_run_writes_a_result_a_report_and_its_configuration(tmp_path, capsys):
+    assert main(["run", "--method", "nearest-mean", *FAST, "--out", str(tmp_path / "a"), "--seed", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert "average accuracy (last row)" in printed
+    assert "forgetting (peak since learned)" in printed
+    result = json.loads((tmp_path / "a" / "result.json").read_text())
+    needed = "method scenario seed class_order accuracy_matrix average_accuracy average_incremental_accuracy forgetting"
+    needed += " backward_transfer learning_accuracy trainable_parameters train_seconds eval_seconds"
+    assert set(needed.split()) <= set(result)
+    assert (result["method"], result["scenario"], result["seed"]) == ("nearest-mean", "split-digits", 3)
+    assert 0.85 < result["average_accuracy"] <= 1
+    assert f"{result['average_accuracy']:.4f}" in printed
+    assert (tmp_path / "a" / "report.html").read_text().startswith("<!")
+    assert yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())["method"] == "nearest-mean"
+
+
+def test_an_earlier_run_in_the_folder_is_kept(tmp_path):
+    for seed in (0, 1):
+        assert main(["run", "--method", "nearest-mean", *FAST, "--out", str(tmp_path), "--seed", str(seed)]) == 0
+    assert json.loads((tmp_path / "result.json").read_text())["seed"] == 1
+    assert json.loads((tmp_path / "previous-1" / "result.json").read_text())["seed"] == 0
+
+
+def test_a_configuration_file_and_flags_give_the_same_run(tmp_path):
+    settings = {"method": "ranpac", "scenario": "split-digits", "quiet": True, "device": "cpu", "set": ["projection=64"]}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({**settings, "out": str(tmp_path / "a")}))
+    assert main(["run", "--config", str(tmp_path / "c.yaml")]) == 0
+    words = ["run", "--method", "ranpac", *FAST, "--set", "projection=64", "--out", str(tmp_path / "b")]
+    assert main(words) == 0
+    a, b = (json.loads((tmp_path / x / "result.json").read_text()) for x in "ab")
+    assert a["correct"] == b["correct"]
+    assert a["recipe"]["callbacks"][0]["init"]["projection"] == 64
+
+
+def test_compare_gives_mean_and_interval_over_seeds(tmp_path, capsys):
+    for seed in range(3):
+        main(["run", "--method", "ranpac", *FAST, "--seed", str(seed), "--order-seed", str(seed), "--out", str(tmp_path / str(seed))])
+    capsys.readouterr()
+    assert main(["compare", str(tmp_path), "--format", "json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    values = [json.loads((tmp_path / str(s) / "result.json").read_text())["average_accuracy"] for s in range(3)]
+    mean = sum(values) / 3
+    half = 4.302652729911275 * (sum((v - mean) ** 2 for v in values) / 2) ** 0.5 / 3**0.5
+    assert row["average accuracy"] == f"{mean:.3f} ± {half:.3f}"
+    assert row["runs"] == "3"
+    for style in ("text", "markdown", "csv", "latex"):
+        assert main(["compare", str(tmp_path), "--format", style]) == 0
+        assert "ranpac" in capsys.readouterr().out
+
+
+def test_report_is_written_for_a_folder_of_runs(tmp_path, capsys):
+    main(["run", "--method", "ranpac", *FAST, "--out", str(tmp_path / "runs" / "x")])
+    assert main(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "r.html")]) == 0
+    assert "ranpac" in (tmp_path / "r.html").read_text()
+
+
+def test_list_names_every_method_and_scenario(capsys):
+    assert main(["list"]) == 0
+    printed = capsys.readouterr().out
+    for name in [*recipe_names(), "split-digits", "split-glyphs-100", "split-glyphs-1000", "cifar100"]:
+        assert f"  {name} " in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["run", "--method", "ovro", "--scenario", "split-digits"], "`method` must be a known method, got 'ovro'; did you mean 'ovor'?"),
+        (["run", "--method", "ovor", "--scenario", "split-digit"], "did you mean 'split-digits'?"),
+        (["run", "--method", "ovor", *FAST, "--set", "lenght=3"], "`--set lenght` must name an option of 'ovor'"),
+        (["run", "--method", "ovor", *FAST, "--set", "oops"], "`--set` must be KEY=VALUE, got 'oops'"),
+        (["run", "--method", "ovor", *FAST, "--set", "schedule=linear"], "`schedule` must be one of"),
+        (["run", "--method", "ovor", "--scenario", "split-digits", "--epochs", "0"], "`epochs` must be a whole number of 1 or more"),
+        (["run", "--method", "ovor", "--scenario", "split-digits", "--device", "tpu"], "`device` must be auto, cpu, cuda or mps"),
+        (["report", "/nonexistent-folder"], "nonexistent-folder"),
+        (["compare", "/nonexistent-folder"], "must hold result.json files"),
+    ],
+)  # fmt: skip
+def test_mistakes_get_one_clear_line(words, text, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) != 0
+    error = capsys.readouterr().err
+    assert text in error
+    assert "Traceback" not in error
+
+
+def test_unknown_commands_suggest_the_nearest():
+    done = _bench("rum")
+    assert done.returncode != 0
+    assert "unknown command 'rum'; did you mean 'run'?" in done.stderr
+
+
+def test_ctrl_c_keeps_what_was_recorded_and_exits_with_130(tmp_path):
+    words = ["run", "--method", "finetune", "--scenario", "split-digits", "--epochs", "60", "--device", "cpu"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cl_plugins.cli", *words, "--out", str(tmp_path / "x")],
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not list((tmp_path / "x").glob("events.*")):
+        time.sleep(0.1)
+    time.sleep(1.5)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 130, error
+    assert "stopped; finished tasks are recorded" in error
+    assert "Traceback" not in error
+    (events,) = (tmp_path / "x").glob("events.*.jsonl")
+    assert [json.loads(line) for line in events.read_text().splitlines()]
+    assert not (tmp_path / "x" / "result.json").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_an_output_that_cannot_be_written_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["run", "--method", "ranpac", *FAST, "--out", str(tmp_path / "file")]) != 0
+    assert "`out` must be a folder, got the file" in capsys.readouterr().err
+
+
+def test_recipes_load_for_every_scenario_they_name():
+    folder = Path(load_recipe.__globals__["_FOLDER"])
+    for name in recipe_names():
+        content = yaml.safe_load((folder / f"{name}.yaml").read_text())
+        for scenario in [None, *(content.get("scenarios") or {})]:
+            with_options(load_recipe(name, scenario), {})
+
+
+def test_options_reach_the_callbacks_that_take_them():
+    recipe = with_options(load_recipe("ranpac"), {"projection": 7, "lr": 0.5})
+    assert recipe.callbacks[0]["init"]["projection"] == 7
+    assert recipe.lr == 0.5
+    assert load_recipe("ranpac").callbacks[0].get("init", {}).get("projection") != 7
+    assert with_options(load_recipe("ranpac"), {"RanPAC.seed": 4}).callbacks[0]["init"]["seed"] == 4
+    with pytest.raises(ValueError, match=r"`--set Other.seed` must name an option"):
+        with_options(load_recipe("ranpac"), {"Other.seed": 4})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("a=1", ("a", 1)), ("a=1e-3", ("a", 1e-3)), ("a=true", ("a", True)), ("a=x=y", ("a", "x=y")), ("a=null", ("a", None))],
+)
+def test_values_on_the_command_line_have_types(text, expected):
+    assert _pair(text) == expected
+
+
+def test_settings_are_checked():
+    with pytest.raises(ValueError, match="`lr` must be a number above 0, got '1e-3'"):
+        Recipe("m", "d", lr="1e-3")
+    with pytest.raises(ValueError, match="`optimizer` must be one of adam, adamw, sgd, got 'adan'; did you mean 'adam'"):
+        Recipe("m", "d", optimizer="adan")
