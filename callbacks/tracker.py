@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+import math
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from cl_plugins.metrics import AccuracyMatrix
 
-from cl_plugins import functional
 from cl_plugins.plugin import ContinualCallback, Row
+from cl_plugins.result import StreamResult
 from cl_plugins.task import Stream
 
 if TYPE_CHECKING:
@@ -36,12 +37,14 @@ class ForgettingTracker(ContinualCallback):
     def __init__(self, prefix: str = "cl/") -> None:
         super().__init__()
         self.prefix = prefix
+        self._result = StreamResult([])
         self.matrix: AccuracyMatrix | None = None
         """The accuracy matrix as a torchmetrics metric; ``matrix.compute()`` and ``matrix.plot()`` work at any time."""
 
     def on_stream_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stream: Stream) -> None:
         """Start an empty matrix with a column per task."""
-        self.matrix = AccuracyMatrix(len(stream.tasks))
+        self._result = StreamResult.for_stream(stream)
+        self.matrix = AccuracyMatrix(len(self._result.tasks))
 
     def on_row(self, trainer: pl.Trainer, pl_module: pl.LightningModule, row: Row) -> None:
         """Write the row and log the numbers that follow."""
@@ -51,20 +54,21 @@ class ForgettingTracker(ContinualCallback):
         self.matrix.update_row(row.after, correct, total)
         if row.after < 0:
             return
-        values = self.values(row.after)
+        self._result.rows.append(row)
         for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
+            logger.log_metrics(self.values(), step=trainer.global_step)
 
-    def values(self, after: int) -> dict[str, float]:
-        """The numbers after task ``after``, by key; undefined ones are left out."""
-        assert self.matrix is not None
-        matrix = self.matrix.compute()[: after + 1]
-        named: dict[str, Any] = {
-            "average_accuracy": functional.average_accuracy(matrix),
-            "average_incremental_accuracy": functional.average_incremental_accuracy(matrix),
-            "learning_accuracy": functional.learning_accuracy(matrix),
-            "forgetting": functional.forgetting(matrix),
-            "backward_transfer": functional.backward_transfer(matrix),
-            "current_accuracy": matrix[after, after],
+    def values(self) -> dict[str, float]:
+        """The numbers after the latest task, by key; undefined ones are left out."""
+        result = self._result
+        current = [c for c, at in zip(result.accuracy_matrix[-1], result.learned_at or [], strict=True)
+                   if at == result.rows[-1].after]  # fmt: skip
+        named = {
+            "average_accuracy": result.average_accuracy,
+            "average_incremental_accuracy": result.average_incremental_accuracy,
+            "learning_accuracy": result.learning_accuracy,
+            "forgetting": result.forgetting,
+            "backward_transfer": result.backward_transfer,
+            "current_accuracy": float(torch.stack(current).mean()) if current else math.nan,
         }
-        return {f"{self.prefix}{k}": float(v) for k, v in named.items() if not torch.isnan(torch.as_tensor(v))}
+        return {f"{self.prefix}{k}": v for k, v in named.items() if not math.isnan(v)}

@@ -59,7 +59,10 @@ class EvalGuard(nn.Module):
 
     def _keep(self, model: nn.Module, args: Any) -> None:
         if model.training:
+            plugins = getattr(model, "plugins", None)
             model.eval()
+            if isinstance(plugins, nn.ModuleDict):  # the backbone is the user's module itself
+                plugins.train()
 
     def remove(self) -> None:
         """Let the model follow its parent's mode again."""

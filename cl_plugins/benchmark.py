@@ -145,7 +145,7 @@ def run_benchmark(
         scenario, **{"batch_size": recipe.batch_size, "order_seed": order_seed, "data_seed": seed, **recipe.data, **(data or {})}
     )
     if recipe.joint:
-        stream = scenarios.joint(stream)
+        stream = scenarios.Joint(stream)
     callbacks = build_callbacks(recipe)
     pl.seed_everything(seed, workers=True, verbose=False)
     module = ImageClassifier(create_backbone(recipe.backbone, stream.n_classes, recipe.pretrained), recipe)

@@ -63,8 +63,9 @@ def _list(arguments: Any) -> int:
     for name in recipe_names():
         print(f"  {name:<26}{load_recipe(name).description}")
     print("\nscenarios")
-    for entry in scenarios.scenario_table():
-        print(f"  {entry['name']:<26}{entry['description']}")
+    for name in scenarios.scenario_names():
+        info = scenarios.scenario_info(name)
+        print(f"  {name:<26}{info.description}; {info.sizes}{'; needs ' + info.needs if info.needs else ''}")
     return 0
 
 

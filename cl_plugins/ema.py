@@ -8,7 +8,7 @@ two float32 copies of what it averages (the average and the previous gradient), 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,63 +17,9 @@ from torch import Tensor
 
 from cl_plugins.ema_log import WeightLog
 from cl_plugins.ema_rules import Rule, balanced_weight, eq45_weight, eq60_sums, group_ids, guard, make_rule
+from cl_plugins.tensor_lists import cast_like, chunks, interpolate_, l1_norms
 
 Start = Literal["before_first_step", "after_first_step"]
-
-_CHUNK = 1 << 22
-"""Elements that temporaries of a step may hold at once, unless one tensor alone is larger."""
-
-
-def chunks(sizes: Sequence[int], limit: int = _CHUNK) -> Iterator[slice]:
-    """Consecutive slices whose sizes sum to at most ``limit``; a larger single item gets its own slice.
-
-    Example:
-        >>> list(chunks([3, 3, 9, 1], limit=6))
-        [slice(0, 2, None), slice(2, 3, None), slice(3, 4, None)]
-    """
-    start, held = 0, 0
-    for i, size in enumerate(sizes):
-        if i > start and held + size > limit:
-            yield slice(start, i)
-            start, held = i, 0
-        held += size
-    if start < len(sizes):
-        yield slice(start, len(sizes))
-
-
-def l1_norms(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """L1 norms ``(tensors,)``, summed in float32 whatever the dtype, on ``device``."""
-    norms = torch._foreach_norm(list(tensors), 1, dtype=torch.float32)
-    return torch.stack([n.to(device, non_blocking=True) for n in norms])
-
-
-def cast_like(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors themselves where dtype and device already are those of ``like``, else one copied list."""
-    if all(t.dtype == o.dtype and t.device == o.device for t, o in zip(tensors, like, strict=True)):
-        return list(tensors)
-    copies = [torch.empty_like(o) for o in like]
-    torch._foreach_copy_(copies, list(tensors))
-    return copies
-
-
-def interpolate_(averages: Sequence[Tensor], weights: Sequence[Tensor], alpha: Tensor | float) -> None:
-    """``E <- E + alpha (theta - E)`` in place, one ``alpha`` for all or one per tensor.
-
-    On an accelerator the weights stay on the device. On the CPU they are read, which waits for nothing there and lets
-    the kernel be the one of a plain moving average.
-    """
-    targets, sources = list(averages), list(weights)
-    if not isinstance(alpha, Tensor):
-        torch._foreach_lerp_(targets, sources, alpha)
-    elif alpha.device.type == "cpu" and all(t.device.type == "cpu" for t in targets):
-        for average, weight, a in zip(targets, sources, alpha.tolist(), strict=True):
-            average.lerp_(weight, a)
-    else:
-        torch._foreach_lerp_(
-            targets,
-            sources,
-            [a.to(t.device, t.dtype, non_blocking=True) for a, t in zip(alpha.unbind(), targets, strict=True)],
-        )
 
 
 @dataclass(frozen=True)
@@ -97,8 +43,8 @@ class BalancedAverager:
         granularity: what shares one weight: ``"tensor"`` (as released), ``"module"`` or ``"global"``.
         start: ``"before_first_step"`` (the paper) or ``"after_first_step"`` (the released code, which loses the old
             weights unless the first learning rate is 0).
-        dtype: of averages and previous gradients; None for the parameter's own, in which a bfloat16 average stands
-            still.
+        dtype: of averages, previous gradients and sums; None for the parameter's own, in which a bfloat16 average
+            stands still.
         max_points: see :class:`~cl_plugins.ema_log.WeightLog`.
 
     Raises:
@@ -128,6 +74,11 @@ class BalancedAverager:
         self.granularity = granularity
         self.start = start
         self.dtype = dtype
+        self.log = WeightLog(max_points)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all tensors; the next :meth:`join` begins anew."""
         self.names: list[str] = []
         self.averages: list[Tensor] = []
         self.previous: list[Tensor] = []  # gradients of the step before
@@ -135,9 +86,9 @@ class BalancedAverager:
         self.steps: list[int] = []
         self._has_previous: list[bool] = []
         self._residual: list[Tensor] = []  # 0-dim, |theta - E| after the last update
-        self.log = WeightLog(max_points)
         self._plans: dict[tuple[int, ...], _Plan] = {}
         self._kappa: tuple[Any, Tensor] | None = None
+        self.log.clear()
 
     @torch.no_grad()
     def join(self, names: Sequence[str], weights: Sequence[Tensor]) -> None:
@@ -229,10 +180,10 @@ class BalancedAverager:
         grads: Sequence[Tensor | None],
         lrs: Sequence[float] | None,
     ) -> Tensor:
-        rule, plan, home = self.rule, self._plan(index), averages[0].device
+        rule, plan, home, kind = self.rule, self._plan(index), averages[0].device, self.dtype or averages[0].dtype
         usable = [g is not None and self._has_previous[i] for i, g in zip(index, grads, strict=True)]
-        a = torch.cat([self._distance(weights[part], averages[part], home) for part in plan.parts])
-        b, c, plus_one = (torch.zeros(len(index), device=home) for _ in range(3))
+        a = torch.cat([self._distance(weights[part], averages[part], home, kind) for part in plan.parts])
+        b, c, plus_one = (torch.zeros(len(index), device=home, dtype=kind) for _ in range(3))
         quotient = None
         if rule.name == "eq60":
             quotient = self._eq60(index, averages, weights, grads, usable, home)
@@ -244,15 +195,15 @@ class BalancedAverager:
             old = [self.previous[index[k]] for k in ks]
             at = slice(ks[0], ks[-1] + 1) if len(ks) == ks[-1] + 1 - ks[0] else torch.tensor(ks, device=home)
             new = cast_like(new, old)
-            b[at] = l1_norms(new, home)
+            b[at] = l1_norms(new, home, kind)
             if rule.name == "eq45_elementwise":
-                plus_one[at] = l1_norms(torch._foreach_add(new, rule.mu), home)
+                plus_one[at] = l1_norms(torch._foreach_add(new, rule.mu), home, kind)
             torch._foreach_sub_(old, new)
-            c[at] = l1_norms(old, home)
+            c[at] = l1_norms(old, home, kind)
             torch._foreach_copy_(old, new)
         for k, i in enumerate(index):
             self._has_previous[i] = grads[k] is not None
-        r = torch.stack([self._residual[i].to(home) for i in index]) if rule.name.startswith("eq45") else a
+        r = torch.stack([self._residual[i].to(home, kind) for i in index]) if rule.name.startswith("eq45") else a
         columns = torch.stack([a, b, c, plus_one, r])
         if plan.groups is not None:
             columns = columns.new_zeros(5, plan.n_groups).index_add_(1, plan.groups, columns)
@@ -260,7 +211,7 @@ class BalancedAverager:
         raw = raw if plan.groups is None else raw[plan.groups]
         if not all(usable):
             raw = torch.where(torch.tensor(usable, device=home), raw, torch.nan)
-        alpha, replaced = guard(raw, rule.fallback, rule.on_overflow)
+        alpha, replaced = guard(raw.float(), rule.fallback, rule.on_overflow)
         if rule.on_nonfinite == "skip":
             alpha = torch.where(torch.isfinite(a) & torch.isfinite(b), alpha, 0.0)
         self.log.add(alpha, replaced)
@@ -270,8 +221,10 @@ class BalancedAverager:
         return alpha
 
     @staticmethod
-    def _distance(weights: Sequence[Tensor], averages: Sequence[Tensor], home: torch.device) -> Tensor:
-        return l1_norms(torch._foreach_sub(cast_like(weights, averages), list(averages)), home)
+    def _distance(
+        weights: Sequence[Tensor], averages: Sequence[Tensor], home: torch.device, dtype: torch.dtype
+    ) -> Tensor:
+        return l1_norms(torch._foreach_sub(cast_like(weights, averages), list(averages)), home, dtype)
 
     def _formula(
         self, columns: Tensor, quotient: Tensor | None, plan: _Plan, lrs: Sequence[float] | None, home: torch.device
@@ -356,7 +309,7 @@ class BalancedAverager:
                     f"the saved average of {name!r} must have the weight's shape {tuple(weight.shape)},"
                     f" got {tuple(saved.shape)}"
                 )
-        self.__init__(self.rule, self.granularity, self.start, self.dtype, self.log.max_points)  # type: ignore[misc]
+        self.clear()
         self.join(state["names"], weights)
         if len(state["previous"]) != len(self.previous) or len(state["last_weights"]) != len(self.last_weights):
             raise ValueError(f"the saved state must be one of rule {self.rule.name!r}; build the averager as before")

@@ -71,8 +71,8 @@ class WeightLog:
         return None if self._replaced is None else float(self._replaced) / self._weights
 
     def series(self) -> dict[str, list[Any]]:
-        """The points as plain lists: ``step`` (from 1), the order statistics over tensors, and the share of
-        fallbacks.""" table = torch.stack([p.cpu() for p in self._points]).tolist() if self._points else []
+        """The points as plain lists: ``step`` (from 1), order statistics over tensors, and the share of fallbacks."""
+        table = torch.stack([p.cpu() for p in self._points]).tolist() if self._points else []
         columns = {name: [row[i] for row in table] for i, name in enumerate(_COLUMNS)}
         return {"step": list(self._steps), **columns}
 

@@ -1,5 +1,4 @@
-"""How much of the new weights enters an average at a step: pure functions of a few sums, and the named sets of
-constants.
+"""How much of the new weights enters an average at a step: pure functions of a few sums, and named constants.
 
 Paper: "Large Continual Instruction Assistant", Jingyang Qiao, Zhizhong Zhang, Xin Tan, Yanyun Qu, Shouhong Ding, Yuan
 Xie, ICML 2025, arXiv 2410.10868. Implemented: the released rule, the paper's Eq. 45 in both readings of ``g + 1``,
@@ -10,9 +9,9 @@ speed does not depend on the number of elements. Not implemented: Eq. 14, which 
     released:        alpha = kappa (mu + b) / (a c)                      kappa = 2, mu = 1
     dimension_free:  the same with kappa = rho * learning rate * elements
     eq45:            alpha = r (mu + b) / (a c)
-    eq60:            alpha = 1 - (g_t + mu)'d / (d' H d),  d = theta_t - E_{t-1},  H = (g_t - g_{t-1}) / (theta_t -
-    theta_{t-1}) every rule:      alpha outside (0, 1), NaN included, becomes `fallback`;   E_t = (1 - alpha) E_{t-1}
-    + alpha theta_t
+    eq60:            alpha = 1 - (g_t + mu)'d / (d' H d),   d = theta_t - E_{t-1}
+                     H = (g_t - g_{t-1}) / (theta_t - theta_{t-1}), element by element
+    every rule:      alpha outside (0, 1), NaN included, becomes `fallback`;  E_t = (1 - alpha) E_{t-1} + alpha theta_t
 """
 
 from __future__ import annotations
@@ -110,8 +109,9 @@ def make_rule(name: str = "released", **changes: Any) -> Rule:
     return replace(RULES[name], **{k: v for k, v in changes.items() if v is not None})
 
 
-def balanced_weight(distance: Tensor, gradient: Tensor, change: Tensor, kappa: float | Tensor, mu: float = 1.0) ->
-Tensor:
+def balanced_weight(
+    distance: Tensor, gradient: Tensor, change: Tensor, kappa: float | Tensor, mu: float = 1.0
+) -> Tensor:
     """The released formula, before the guard.
 
     Args:
@@ -142,9 +142,12 @@ def eq45_weight(residual: Tensor, distance: Tensor, gradient: Tensor, change: Te
 def eq60_sums(
     weight: Tensor, average: Tensor, last_weight: Tensor, grad: Tensor, last_grad: Tensor, mu: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Numerator and denominator of Eq. 60 with the secant Hessian, as 0-dim tensors; alpha = 1 - numerator /
-    denominator.""" offset = weight - average
-    hessian = (grad - last_grad) / (weight - last_weight)
+    """Numerator and denominator of Eq. 60 with the secant Hessian, 0-dim; alpha = 1 - numerator / denominator.
+
+    An element that did not move tells nothing about its curvature, which counts as 0 there.
+    """
+    offset, moved = weight - average, weight - last_weight
+    hessian = torch.where(moved == 0, 0.0, (grad - last_grad) / moved)
     return ((grad + mu) * offset).sum(), (offset * hessian * offset).sum()
 
 

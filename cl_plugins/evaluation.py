@@ -125,6 +125,17 @@ def count_task(
     return counts
 
 
+def evaluation_tasks(stream: Stream) -> Sequence[Task]:
+    """The columns of the accuracy matrix: the stream's ``evaluation_tasks`` when it has some, else its tasks."""
+    return getattr(stream, "evaluation_tasks", None) or stream.tasks
+
+
+def learned_after(stream: Stream, task: int) -> int:
+    """How many columns have been learned once ``task`` is finished."""
+    tell = getattr(stream, "learned_after", None)
+    return int(tell(task)) if callable(tell) else task + 1
+
+
 def evaluate_tasks(
     module: nn.Module,
     stream: Stream,
@@ -142,7 +153,7 @@ def evaluate_tasks(
     Args:
         module: the model; its modes are restored.
         stream: gives the tasks and their test data.
-        upto: index of the task that was learned last; -1 for none, which lets predictions name every class.
+        upto: index of the task that was trained last; -1 for none, which lets predictions name every class.
         trainer: for device, precision and processes; without one the module's own device is used.
         future: also evaluate tasks that are not learned yet.
         predict: gives the logits of a batch; the default calls the module.
@@ -151,7 +162,8 @@ def evaluate_tasks(
         ValueError: when a label of the data is not a class of its task's stream.
     """
     started = time.perf_counter()
-    tasks: Sequence[Task] = stream.tasks
+    tasks = evaluation_tasks(stream)
+    learned = len(tasks) if upto < 0 else learned_after(stream, upto)
     n = len(tasks)
     device = module_device(module) if trainer is None else trainer.strategy.root_device
     if trainer is not None:
@@ -160,10 +172,10 @@ def evaluate_tasks(
     seen = torch.zeros(stream.n_classes, dtype=torch.bool)
     for task in tasks:
         owner[list(task.classes)] = task.index
-        if task.index <= upto or upto < 0:
+        if task.index < learned:
             seen[list(task.classes)] = True
     owner, seen = owner.to(device), seen.to(device)
-    chosen = [t for t in tasks if t.index <= upto or future or upto < 0]
+    chosen = [t for t in tasks if t.index < learned or future]
     precision: AbstractContextManager[Any] = nullcontext()
     move = partial(to_device, device=device)
     if trainer is not None:

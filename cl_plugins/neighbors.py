@@ -45,12 +45,11 @@ def kth_neighbor_distance(queries: Tensor, points: Tensor, k: int) -> Tensor:
         raise ValueError(f"`k` must be in [1, {len(points)}], the number of points, got {k!r}")
     with torch.autocast(queries.device.type, enabled=False), torch.no_grad():
         queries, points = full_precision(queries), full_precision(points)
-        norms = points.square().sum(1)
-        nearest = [
-            kth_smallest(torch.addmm(norms, chunk, points.T, alpha=-2.0), k)  # |p|^2 - 2 q.p
-            for chunk in torch.split(queries, max(1, _CHUNK // len(points)))
-        ]
-        return (torch.cat(nearest) + queries.square().sum(1)).clamp_min(0) if nearest else queries.new_empty(0)
+        norms, result = points.square().sum(1), queries.square().sum(1)
+        size = max(1, _CHUNK // len(points))
+        for chunk, rows in zip(torch.split(queries, size), torch.split(result, size), strict=True):
+            rows.add_(kth_smallest(torch.addmm(norms, chunk, points.T, alpha=-2.0), k))  # |p|^2 - 2 q.p
+        return result.clamp_min_(0)
 
 
 def boundary_samples(features: Tensor, neighbors: int, n_boundary: int) -> Tensor:

@@ -82,7 +82,7 @@ def ovor_learning_rate(epoch: int, total: int, base: float) -> float:
 
     Example:
         >>> [round(ovor_learning_rate(e, total=5, base=1.0), 3) for e in range(5)]
-        [1.0, 1.0, 0.925, 0.713, 0.393]
+        [1.0, 1.0, 0.925, 0.713, 0.394]
     """
     if not 0 <= epoch < total:
         raise ValueError(f"`epoch` must be in [0, {total}), got {epoch!r}; `total` counts all epochs of a task")
@@ -116,12 +116,10 @@ def _boundary(
     norms = edge.square().sum(1)[:, None] + noise.square().sum(1) + 2 * edge @ noise.T  # (n_boundary, draws)
     scale = norms.clamp_min(1e-24).rsqrt() if normalize else torch.ones_like(norms)
     from_edge, from_noise, points = edge @ unit.T, noise @ unit.T, unit.square().sum(1)
-    scores = torch.stack(
-        [
-            kth_smallest(points - 2 * row[:, None] * (from_noise + ahead), neighbors)
-            for ahead, row in zip(from_edge, scale, strict=True)
-        ]
-    )  # (n_boundary, draws)
+    scores, work = torch.empty_like(norms), torch.empty_like(from_noise)
+    for row, ahead, factor in zip(scores, from_edge, -2 * scale, strict=True):
+        torch.add(from_noise, ahead, out=work).mul_(factor[:, None]).add_(points)  # (draws, samples)
+        row.copy_(kth_smallest(work, neighbors))
     scores += norms * scale.square()
     values, index = scores.flatten().topk(n_out)
     rows = edge[index // len(noise)] + noise[index % len(noise)]

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TextIO
 
 from tqdm import tqdm
 
-from cl_plugins import functional
 from cl_plugins.plugin import ContinualCallback, Row
 from cl_plugins.result import StreamResult
 from cl_plugins.task import Stream, Task
@@ -35,17 +34,17 @@ class StreamProgress(ContinualCallback):
         self.enabled = enabled
         self._file = file or sys.stderr
         self._bar: Any = None
-        self._rows: list[Row] = []
-        self._stream: Stream | None = None
+        self._result: StreamResult | None = None
+        self._n_tasks = 0
 
     def on_stream_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stream: Stream) -> None:
         """Open the bar."""
-        self._stream = stream
-        self._rows.clear()
+        self._result = StreamResult.for_stream(stream)
+        self._n_tasks = len(stream.tasks)
         if not self.enabled or trainer.global_rank != 0:
             return
         self._bar = tqdm(
-            total=float(len(stream.tasks)),
+            total=float(self._n_tasks),
             desc=self.label,
             bar_format="{desc}: {percentage:3.0f}%|{bar:20}| {elapsed} < {remaining}{postfix}",
             file=self._file,
@@ -61,11 +60,9 @@ class StreamProgress(ContinualCallback):
         self._bar.update(position - self._bar.n)
 
     def _numbers(self) -> str:
-        if not self._rows or self._stream is None:
+        if self._result is None or not self._result.rows:
             return ""
-        matrix = StreamResult(list(self._stream.tasks), self._rows).accuracy_matrix
-        accuracy = float(functional.average_accuracy(matrix))
-        lost = float(functional.forgetting(matrix))
+        accuracy, lost = self._result.average_accuracy, self._result.forgetting
         return f", accuracy {accuracy:.3f}" + ("" if lost != lost else f", forgetting {lost:.3f}")
 
     def on_train_batch_end(
@@ -85,10 +82,10 @@ class StreamProgress(ContinualCallback):
 
     def on_row(self, trainer: pl.Trainer, pl_module: pl.LightningModule, row: Row) -> None:
         """Show the numbers after the task."""
-        if row.after < 0 or self._stream is None:
+        if row.after < 0 or self._result is None:
             return
-        self._rows.append(row)
-        count = len(self._stream.tasks)
+        self._result.rows.append(row)
+        count = self._n_tasks
         self._move_to(row.after + 1.0, f"task {row.after + 1}/{count} done{self._numbers()}")
         if self._bar is not None and self._bar.disable:
             print(f"{self.label}: task {row.after + 1}/{count} done{self._numbers()}", file=self._file, flush=True)

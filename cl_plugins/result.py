@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from cl_plugins import functional
+from cl_plugins.evaluation import evaluation_tasks, learned_after
 from cl_plugins.plugin import Row
-from cl_plugins.task import Task
+from cl_plugins.task import Stream, Task
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,6 +52,7 @@ class StreamResult:
         stream: what the stream is (name, seeds, class order), as plain values.
         train_seconds: time in ``fit``, per task.
         trainable_parameters: number of parameters that the last task trained.
+        learned_at: row after which a column counts as learned; None for row j and column j.
 
     Example:
         >>> row = Row(0, (9, None), (10, None), (10, None), ((10, 0), (0, 0)), 0.1)
@@ -65,6 +67,15 @@ class StreamResult:
     stream: dict[str, Any] = field(default_factory=dict)
     train_seconds: list[float] = field(default_factory=list)
     trainable_parameters: int = 0
+    learned_at: list[int] | None = None
+
+    @classmethod
+    def for_stream(cls, stream: Stream) -> StreamResult:
+        """An empty result with a column for each task that ``stream`` is evaluated on."""
+        columns = evaluation_tasks(stream)
+        steps = range(len(stream.tasks))
+        learned_at = [next(k for k in steps if learned_after(stream, k) > j) for j in range(len(columns))]
+        return cls(list(columns), stream=stream.provenance(), learned_at=learned_at)
 
     def _counts(self, name: str) -> Tensor:
         cells = [[-1 if c is None else c for c in getattr(row, name)] for row in self.rows]
@@ -97,27 +108,27 @@ class StreamResult:
     @property
     def average_accuracy(self) -> float:
         """Mean over tasks of the accuracy after the last task (A_last)."""
-        return float(functional.average_accuracy(self.accuracy_matrix))
+        return float(functional.average_accuracy(self.accuracy_matrix, learned_at=self.learned_at))
 
     @property
     def average_incremental_accuracy(self) -> float:
         """Mean over steps of the average accuracy at that step."""
-        return float(functional.average_incremental_accuracy(self.accuracy_matrix))
+        return float(functional.average_incremental_accuracy(self.accuracy_matrix, learned_at=self.learned_at))
 
     @property
     def learning_accuracy(self) -> float:
         """Mean over tasks of the accuracy right after the task was learned."""
-        return float(functional.learning_accuracy(self.accuracy_matrix))
+        return float(functional.learning_accuracy(self.accuracy_matrix, learned_at=self.learned_at))
 
     @property
     def forgetting(self) -> float:
         """Mean over old tasks of best accuracy since learned minus final accuracy; NaN with one task."""
-        return float(functional.forgetting(self.accuracy_matrix))
+        return float(functional.forgetting(self.accuracy_matrix, learned_at=self.learned_at))
 
     @property
     def backward_transfer(self) -> float:
         """Mean over old tasks of final accuracy minus accuracy right after learning; NaN with one task."""
-        return float(functional.backward_transfer(self.accuracy_matrix))
+        return float(functional.backward_transfer(self.accuracy_matrix, learned_at=self.learned_at))
 
     @property
     def eval_seconds(self) -> float:
@@ -132,7 +143,9 @@ class StreamResult:
             "learning_accuracy": _number(self.learning_accuracy),
             "forgetting": _number(self.forgetting),
             "backward_transfer": _number(self.backward_transfer),
-            "average_accuracy_task_known": _number(functional.average_accuracy(self.accuracy_matrix_task_known)),
+            "average_accuracy_task_known": _number(
+                functional.average_accuracy(self.accuracy_matrix_task_known, learned_at=self.learned_at)
+            ),
         }
 
     def to_frame(self) -> pd.DataFrame:
@@ -140,7 +153,7 @@ class StreamResult:
         import pandas as pd
 
         names = [t.name for t in self.tasks]
-        index = [f"after {self.tasks[row.after].name}" for row in self.rows]
+        index = [f"after task {row.after}" for row in self.rows]
         return pd.DataFrame(self.accuracy_matrix.numpy(), index=index, columns=names)
 
     def to_dict(self) -> dict[str, Any]:
@@ -157,6 +170,7 @@ class StreamResult:
             },
             "accuracy_matrix": [[_number(c) for c in row] for row in self.accuracy_matrix],
             "accuracy_matrix_task_known": [[_number(c) for c in row] for row in self.accuracy_matrix_task_known],
+            "learned_at": self.learned_at or list(range(len(self.tasks))),
             "correct": [list(row.correct) for row in self.rows],
             "total": [list(row.total) for row in self.rows],
             "task_confusion": [[list(line) for line in row.confusion] for row in self.rows[-1:]],

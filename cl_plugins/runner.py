@@ -206,7 +206,7 @@ def fit_stream(
         trainer.callbacks.insert(0, state)  # type: ignore[attr-defined]
     if not any(isinstance(c, _LossGuard) for c in trainer.callbacks):  # type: ignore[attr-defined]
         trainer.callbacks.append(_LossGuard())  # type: ignore[attr-defined]
-    result = StreamResult(list(stream.tasks), stream=stream.provenance())
+    result = StreamResult.for_stream(stream)
     state.begin(stream, result)
     first, resume = 0, None
     if ckpt_path is not None:

@@ -51,7 +51,7 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, default=20, help="per task")
     args = parser.parse_args()
 
-    stream = ClassIncremental(blobs(600, 0), test=blobs(300, 1), labels=1, n_tasks=args.tasks, order_seed=0)  # this one
+    stream = ClassIncremental(blobs(600, 0), test=blobs(300, 1), n_tasks=args.tasks, order_seed=0)  # this one
 
     pl.seed_everything(0, verbose=False)
     module = Perceptron(stream.n_classes)

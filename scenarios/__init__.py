@@ -1,0 +1,29 @@
+"""Streams of tasks and the data they need: ``from cl_plugins.scenarios import ClassIncremental``."""
+
+if __name__ == "scenarios":
+    raise ImportError("import cl_plugins.scenarios instead")
+
+from . import catalog  # noqa: F401  registers the names
+from .class_incremental import ClassIncremental, StreamData
+from .data import BatchSource, Split, TensorSource
+from .labels import find_labels
+from .references import Cumulative, Joint
+from .registry import build_scenario, data_names, load_data, scenario_info, scenario_names
+from .stream import TaskStream
+
+__all__ = [
+    "BatchSource",
+    "ClassIncremental",
+    "Cumulative",
+    "Joint",
+    "Split",
+    "StreamData",
+    "TaskStream",
+    "TensorSource",
+    "build_scenario",
+    "data_names",
+    "find_labels",
+    "load_data",
+    "scenario_info",
+    "scenario_names",
+]

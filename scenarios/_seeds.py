@@ -20,7 +20,8 @@ def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
         values = values + np.uint64(0x9E3779B97F4A7C15)
         values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return values ^ (values >> np.uint64(31))
+        mixed: NDArray[np.uint64] = values ^ (values >> np.uint64(31))
+    return mixed
 
 
 def words(*parts: int | NDArray[np.int64]) -> NDArray[np.uint64]:
@@ -53,7 +54,7 @@ def check_seed(name: str, seed: Any) -> int:
 
 
 class ForkedRandomness:
-    """Inside the block torch's, NumPy's and Python's CPU generators may be seeded freely; after it they are as before."""
+    """Inside the block the CPU generators of torch, NumPy and Python may be seeded; after it they are as before."""
 
     def __enter__(self) -> ForkedRandomness:
         self._states = torch.get_rng_state(), np.random.get_state(), random.getstate()

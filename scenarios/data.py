@@ -1,4 +1,4 @@
-"""What a stream reads: sources of samples, the flat index of which task has which sample, and one task's view of both."""
+"""What a stream reads: sources of samples, the flat index of which task has which, and one task's view of both."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from ._seeds import IMAGE, SPLIT, ForkedRandomness, generator, words
+from ._seeds import IMAGE, SPLIT, ForkedRandomness, words
 
 Transform = Callable[[Any], Any]
 
@@ -25,7 +25,7 @@ class BatchSource(Protocol):
         """Number of samples."""
         ...
 
-    def read(self, indices: NDArray[np.int64]) -> Tensor:
+    def read_batch(self, indices: NDArray[np.int64]) -> Tensor:
         """Inputs of these samples as one batch."""
         ...
 
@@ -38,7 +38,7 @@ class TensorSource:
         labels: ``(samples,)`` integers.
 
     Example:
-        >>> TensorSource(torch.zeros(4, 3), torch.arange(4)).read(np.array([1, 2])).shape
+        >>> TensorSource(torch.zeros(4, 3), torch.arange(4)).read_batch(np.array([1, 2])).shape
         torch.Size([2, 3])
     """
 
@@ -51,7 +51,7 @@ class TensorSource:
     def __len__(self) -> int:
         return len(self.inputs)
 
-    def read(self, indices: NDArray[np.int64]) -> Tensor:
+    def read_batch(self, indices: NDArray[np.int64]) -> Tensor:
         """Inputs of these samples as one batch."""
         return self.inputs[torch.from_numpy(indices)]
 
@@ -101,10 +101,9 @@ class Split:
         return [int(n) for n in np.diff(self.offsets)]
 
     def hold_out(self, fraction: float, seed: int) -> tuple[Split, Split]:
-        """Two disjoint splits: ``fraction`` of every class in the second, drawn by ``seed``; a class keeps one sample."""
+        """Two disjoint splits: ``fraction`` of every class is in the second, drawn by ``seed``; one sample stays."""
         labels = self.labels[self.indices]
-        shuffled = generator(SPLIT, seed).permutation(len(labels))
-        by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+        by_class = np.lexsort((words(SPLIT, seed, self.indices), labels))  # the same in every order of classes
         counts = np.bincount(labels)
         first = np.concatenate([[0], np.cumsum(counts)[:-1]])
         rank = np.empty(len(labels), np.int64)  # of a sample among those of its class, in random order
@@ -138,9 +137,9 @@ class Collate:
 class TaskView(Dataset[Any]):
     """One task's samples, as ``(input, label)``.
 
-    A sample's random augmentation is a function of ``(seed, task, epoch, sample)``: torch's, NumPy's and Python's generators
-    are seeded by it around the sample's transform and set back after the batch. So neither the order of samples, nor the
-    number of workers, nor a resume changes an image, and the global generators never advance.
+    A sample's random augmentation is a function of ``(seed, task, epoch, sample)``: the generators of torch, NumPy and
+    Python are seeded by it around the sample's transform and set back after the batch. So neither the order of samples,
+    nor the number of workers, nor a resume changes an image, and the global generators never advance.
 
     Args:
         source: map dataset, or a :class:`BatchSource`.
@@ -180,7 +179,7 @@ class TaskView(Dataset[Any]):
         asked = np.asarray(numbers, np.int64)
         if self.collate.function is None and self.transform is None and isinstance(self.source, BatchSource):
             chosen = self.indices[asked % len(self)]
-            return _Stacked((self.source.read(chosen), torch.from_numpy(self.labels[chosen])))
+            return _Stacked((self.source.read_batch(chosen), torch.from_numpy(self.labels[chosen])))
         return self._samples(asked)
 
     def _samples(self, numbers: NDArray[np.int64]) -> list[Any]:
@@ -197,7 +196,7 @@ class TaskView(Dataset[Any]):
     def _sample(self, index: int) -> Any:
         label = int(self.labels[index])
         if isinstance(self.source, BatchSource):
-            item: Any = (self.source.read(np.array([index]))[0], label)
+            item: Any = (self.source.read_batch(np.array([index]))[0], label)
         else:
             item = self._read(index)
         if isinstance(item, dict):

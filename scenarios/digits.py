@@ -1,10 +1,13 @@
-"""Handwritten digits: the 1,797 real 8 x 8 scans that scikit-learn ships (UCI Optical Recognition of Handwritten Digits)."""
+"""Handwritten digits: the 1,797 real 8 x 8 scans of scikit-learn (UCI Optical Recognition of Handwritten Digits)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .class_incremental import StreamData
+from .data import TensorSource
 
 _TEST_FRACTION = 5  # every fifth sample of a class is a test sample
 
@@ -16,7 +19,7 @@ def load_digit_images(size: int = 32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         size: side in pixels after bilinear enlargement of the 8 x 8 scans.
 
     Returns:
-        Train images ``(1442, 3, size, size)`` float32 in [0, 1], train labels ``(1442,)`` int64, then the same for test.
+        Train images ``(1433, 3, size, size)`` float32 in [0, 1], train labels ``(1433,)`` int64, then 364 for test.
     """
     from sklearn.datasets import load_digits
 
@@ -26,5 +29,18 @@ def load_digit_images(size: int = 32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     labels = torch.from_numpy(raw.target).long()
     test = torch.zeros(len(labels), dtype=torch.bool)
     for label in range(10):
-        test[(labels == label).nonzero()[:: _TEST_FRACTION, 0]] = True
+        test[(labels == label).nonzero()[::_TEST_FRACTION, 0]] = True
     return images[~test].contiguous(), labels[~test], images[test].contiguous(), labels[test]
+
+
+def load_digits_data() -> StreamData:
+    """The digits as a data set of streams; images ``(3, 32, 32)`` in [0, 1], as they are."""
+    train_images, train_labels, test_images, test_labels = load_digit_images()
+    names = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    return StreamData(
+        TensorSource(train_images, train_labels),
+        TensorSource(test_images, test_labels),
+        class_names=names,
+        n_tasks=5,
+        name="digits",
+    )

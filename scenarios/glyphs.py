@@ -1,7 +1,7 @@
 """Glyphs: characters rendered from the fonts that matplotlib ships, as an endless and always present image source.
 
-Nothing is stored and nothing is downloaded. A class is a Unicode code point, its label is the character's Unicode name, its
-domain the Unicode block, its style the font face. An image is a pure function of ``(code point, face, seed)``:
+Nothing is stored and nothing is downloaded. A class is a Unicode code point, its label is the character's Unicode name,
+its domain the Unicode block, its style the font face. An image is a pure function of ``(code point, face, seed)``:
 
     stencil = the character at 64 x 64 pixels in one of 16 faces (DejaVu Sans / Sans Mono / Serif, STIX)
     image   = noise + contrast * blur(pool2(affine(stencil)))                      (3, 32, 32), values in [0, 1]
@@ -161,7 +161,8 @@ def uniforms(seeds: NDArray[np.uint64], n: int) -> NDArray[np.float64]:
     """``(batch, n)`` uniform numbers in [0, 1), row i a function of ``seeds[i]`` alone."""
     with np.errstate(over="ignore"):
         counters = mix(seeds)[:, None] + np.arange(n, dtype=np.uint64)[None] * np.uint64(0xD1342543DE82EF95)
-    return (mix(counters) >> np.uint64(11)).astype(np.float64) / float(1 << 53)
+    numbers: NDArray[np.float64] = (mix(counters) >> np.uint64(11)).astype(np.float64) / float(1 << 53)
+    return numbers
 
 
 def render(stencils: Stencils, labels: NDArray[np.int64], seeds: NDArray[np.uint64], strength: float = 1.0) -> Tensor:
@@ -193,7 +194,9 @@ def render(stencils: Stencils, labels: NDArray[np.int64], seeds: NDArray[np.uint
     )
     grid = F.affine_grid(torch.from_numpy(theta).float(), list(base.shape), align_corners=False)
     image = F.avg_pool2d(F.grid_sample(base, grid, align_corners=False), 2)  # (batch, 1, 32, 32)
-    blurred = F.interpolate(F.avg_pool2d(image, 4), scale_factor=4, mode="bilinear", align_corners=False)  # 8x8 and back
+    blurred = F.interpolate(
+        F.avg_pool2d(image, 4), scale_factor=4, mode="bilinear", align_corners=False
+    )  # 8x8 and back
     softened = F.avg_pool2d(F.pad(image, (1, 1, 1, 1)), 3, stride=1)
     kind = torch.from_numpy(u[:, 7])[:, None, None, None]
     image = torch.where(kind < 0.3 * strength, blurred, torch.where(kind < 0.6 * strength, softened, image))

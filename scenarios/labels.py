@@ -36,10 +36,10 @@ def find_labels(data: Any, labels: Labels | None = None, names: Sequence[str] | 
     """The labels of a map dataset.
 
     Args:
-        data: torchvision dataset, ``ImageFolder``, ``TensorDataset``, ``Subset``, ``ConcatDataset``, Hugging Face dataset,
-            or anything with a length.
-        labels: an attribute's or column's name, one value per sample, or a function of the sample's index; None looks in
-            the usual places (``targets``, ``labels``, ``samples``, ``tensors[1]``, the column "label").
+        data: torchvision dataset, ``ImageFolder``, ``TensorDataset``, ``Subset``, ``ConcatDataset``, Hugging Face
+            dataset, or anything with a length.
+        labels: an attribute's or column's name, one value per sample, or a function of the sample's index; None looks
+            in the usual places (``targets``, ``labels``, ``samples``, ``tensors[1]``, the column "label").
         names: text of each label; None takes the data set's own.
 
     Returns:
@@ -102,7 +102,7 @@ def _raw(data: Any, labels: Labels | None) -> Any:
         if value is None:
             known = _columns(data) or sorted(k for k in vars(data) if not k.startswith("_"))
             raise ValueError(
-                f"`labels` must name a column or an attribute of the data set, got {labels!r}; it has {', '.join(known)}"
+                f"`labels` must name a column or attribute of the data set, got {labels!r}; it has {', '.join(known)}"
             )
         return value
     if callable(labels):
@@ -133,8 +133,8 @@ def _usual(data: Any) -> Any:
             return data[name]
     raise ValueError(
         f"the labels of `{type(data).__name__}` must be found without reading its samples, got none in"
-        f" {', '.join((*_ATTRIBUTES, *_FILE_LISTS[:2]))}; pass `labels=` as a column's or attribute's name, as one label per"
-        " sample, or as a function of the sample's index"
+        f" {', '.join((*_ATTRIBUTES, *_FILE_LISTS[:2]))}; pass `labels=` as a column's or attribute's name, as one"
+        " label per sample, or as a function of the sample's index"
     )
 
 
@@ -155,3 +155,25 @@ def _own_names(data: Any) -> Sequence[str]:
             if isinstance(texts, list):
                 return texts
     return ()
+
+
+def align_labels(reference: FoundLabels, other: FoundLabels) -> FoundLabels:
+    """``other`` in the numbers of ``reference``: two folders number their classes alike only if they hold the same.
+
+    Raises:
+        ValueError: when ``other`` has samples of classes that ``reference`` does not name.
+    """
+    if not reference.names or not other.names or reference.names == other.names:
+        return other
+    number = {name: i for i, name in enumerate(reference.names)}
+    table = np.array([number.get(name, -1) for name in other.names], np.int64)
+    if len(other.values) and other.values.max() >= len(table):
+        raise ValueError(f"`labels` must be below {len(table)}, the number of class names, got {other.values.max()}")
+    values = table[other.values]
+    if len(values) and values.min() < 0:
+        lost = sorted({other.names[v] for v in np.unique(other.values[values < 0])})
+        raise ValueError(
+            f"`test` must hold classes of the training data only, got {', '.join(lost[:5])} as well;"
+            " remove them, or add training samples"
+        )
+    return FoundLabels(values, reference.names, reference.mapping)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,7 +46,7 @@ class TaskSampler(DistributedSampler[Any]):
         self.n = n
         self.key = seed
         self.pad = pad
-        self.num_samples = -(-n // world_size) if pad else len(range(rank, n, world_size))
+        self.num_samples = math.ceil(n / world_size) if pad else len(range(rank, n, world_size))
         self.start = 0  # samples of this share to leave out, once, after a resume
         self._used = False
         self._told = False
@@ -90,8 +91,8 @@ class TaskSampler(DistributedSampler[Any]):
 class EvenBatches(TaskSampler):
     """Gives lists of numbers: the same number of batches in every process, and still no sample twice.
 
-    Lightning validates through the DDP wrapper, whose buffer broadcasts wait for every process at every batch. Only when
-    there are fewer samples than processes, or batches of one, the last samples are repeated to fill a batch.
+    Lightning validates through the DDP wrapper, whose buffer broadcasts wait for every process at every batch. Only
+    when there are fewer samples than processes, or batches of one, the last sample is repeated to fill a batch.
 
     Args:
         n: samples of the task.
@@ -102,7 +103,7 @@ class EvenBatches(TaskSampler):
 
     def __init__(self, n: int, batch_size: int, rank: int, world_size: int) -> None:
         super().__init__(n, rank=rank, world_size=world_size)
-        self.n_batches = -(-(-(-n // world_size)) // batch_size)
+        self.n_batches = math.ceil(math.ceil(n / world_size) / batch_size)
 
     def __iter__(self) -> Iterator[Any]:
         mine = self.share()
@@ -147,7 +148,7 @@ class StreamLoader(DataLoader[Any]):
         """Epoch and number of batches that were handed over in it."""
         sampler = self.sampler
         epoch = sampler.epoch if isinstance(sampler, TaskSampler) else 0
-        return {"epoch": epoch, "batches": self._delivered, **self._identity()}
+        return {"epoch": epoch, "batches": self._delivered, "batches_in_epoch": len(self), **self._identity()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue behind the batches that were handed over.
@@ -158,13 +159,14 @@ class StreamLoader(DataLoader[Any]):
         sampler = self.sampler
         if not isinstance(sampler, TaskSampler):
             return
-        mine = self._identity()
-        inside = 0 < state_dict["batches"] < len(self)
-        for name, value in mine.items():
+        inside = 0 < state_dict["batches"] < state_dict["batches_in_epoch"]
+        for name, value in self._identity().items():
             if inside and state_dict.get(name) != value:
                 raise ValueError(
                     f"the checkpoint was written inside an epoch with {name} {state_dict.get(name)!r}, got {value!r};"
                     " continue with the same value, or from a checkpoint at the end of an epoch"
                 )
-        self._delivered = int(state_dict["batches"])
-        sampler.resume(int(state_dict["epoch"]), self._delivered * (self.batch_size or 1))
+        finished = not inside and state_dict["batches"] > 0
+        self._delivered = len(self) if finished else int(state_dict["batches"])
+        start = sampler.num_samples if finished else self._delivered * (self.batch_size or 1)
+        sampler.resume(int(state_dict["epoch"]), start)

@@ -15,7 +15,7 @@ from cl_plugins._lightning import LightningDataModule
 from cl_plugins.task import Task, check_tasks
 
 from ._seeds import check_seed
-from .data import Collate, Split, TaskView, Transform
+from .data import Split, TaskView, Transform
 from .sampler import EvenBatches, StreamLoader, TaskSampler
 
 
@@ -36,8 +36,8 @@ class LoaderOptions(TypedDict, total=False):
 class TaskStream(LightningDataModule):
     """Gives the data of one task after the other; :func:`cl_plugins.fit_stream` trains over it.
 
-    WHEN: ``train_dataloader`` and ``val_dataloader`` give the data of task :attr:`task`, which the runner sets before each
-    ``Trainer.fit``. Without a Trainer the loaders work as they are.
+    WHEN: ``train_dataloader`` and ``val_dataloader`` give the data of task :attr:`task`, which the runner sets before
+    each ``Trainer.fit``. Without a Trainer the loaders work as they are.
 
     Args:
         tasks: in order.
@@ -46,8 +46,9 @@ class TaskStream(LightningDataModule):
         validation: the same for validation; None for none.
         name: for reports and checkpoints.
         class_order: labels in the order in which they are learned; None takes it from the tasks.
-        seeds: what the stream was drawn with, by name; ``"data"`` seeds the order of the samples and their augmentation.
+        seeds: what the stream was drawn with, by name; ``"data"`` orders and augments the samples.
         shared_classes: classes may stand in several tasks.
+        evaluation_tasks: what ``test`` is grouped by, the columns of the accuracy matrix; None for ``tasks``.
         train_transform: for the inputs in training.
         eval_transform: for the inputs everywhere else.
         batch_size: in training, per process.
@@ -82,6 +83,7 @@ class TaskStream(LightningDataModule):
         class_order: Sequence[int] | None = None,
         seeds: dict[str, int | None] | None = None,
         shared_classes: bool = False,
+        evaluation_tasks: Sequence[Task] | None = None,
         train_transform: Transform | None = None,
         eval_transform: Transform | None = None,
         batch_size: int = 32,
@@ -102,6 +104,7 @@ class TaskStream(LightningDataModule):
                 raise ValueError(f"`{text}` must be an integer of {least} or more, got {value!r}")
         self.name = name
         self.tasks: tuple[Task, ...] = tuple(tasks)
+        self.evaluation_tasks: tuple[Task, ...] = self.tasks if evaluation_tasks is None else tuple(evaluation_tasks)
         self.train, self.test = train, test
         self.validation = validation if validation is not None and len(validation.indices) else None
         order = [c for t in tasks for c in t.classes] if class_order is None else class_order
@@ -150,11 +153,6 @@ class TaskStream(LightningDataModule):
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(self.tasks):
             raise ValueError(f"`task` must be an integer from 0 to {len(self.tasks) - 1}, got {index!r}")
         self._task = index
-
-    @property
-    def evaluation_tasks(self) -> Sequence[Task]:
-        """What the columns of the accuracy matrix are; the tasks themselves unless a scenario says otherwise."""
-        return self.tasks
 
     def learned_after(self, task: int) -> int:
         """How many of :attr:`evaluation_tasks` have been learned once ``task`` is finished."""
@@ -218,7 +216,7 @@ class TaskStream(LightningDataModule):
         drop = self.drop_last and len(sampler) > self.batch_size  # a small task is not dropped whole
         return self._loader(view, sampler, self.batch_size, drop, persistent_workers=self.num_workers > 0)
 
-    def val_dataloader(self) -> StreamLoader | list[DataLoader[Any]]:  # type: ignore[override]
+    def val_dataloader(self) -> StreamLoader | list[DataLoader[Any]]:
         """Validation data of the current task in a fixed order; an empty list without validation data."""
         if self.validation is None or not len(self.validation.of(self.task)):
             return []
@@ -233,7 +231,7 @@ class TaskStream(LightningDataModule):
         return [self.test_loader(i) for i in range(len(self.evaluation_tasks))]
 
     def test_loader(self, index: int) -> StreamLoader:
-        """Test data of the task at ``index`` of :attr:`evaluation_tasks`, in a fixed order, each sample in one process."""
+        """Test data of :attr:`evaluation_tasks` number ``index``, in a fixed order, each sample in one process."""
         return self._eval_loader(self.test, index)
 
     def train_loader_for_features(self, index: int) -> StreamLoader:
@@ -250,6 +248,7 @@ class TaskStream(LightningDataModule):
             "scenario": type(self).__name__,
             "n_tasks": len(self.tasks),
             "n_classes": self.n_classes,
+            "classes": [list(t.classes) for t in self.tasks],
             "class_order": list(self.class_order),
             "seeds": dict(self.seeds),
             "sizes": {k: [] if s is None else s.sizes() for k, s in splits.items()},
@@ -260,7 +259,7 @@ class TaskStream(LightningDataModule):
         told = self.provenance()
         return {
             "name": told["name"],
-            "tasks": [list(t.classes) for t in self.tasks],
+            "classes": told["classes"],
             "seeds": told["seeds"],
             "sizes": told["sizes"],
         }

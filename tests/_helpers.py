@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
-from cl_plugins.scenarios.class_incremental import ClassIncremental
+from cl_plugins.scenarios import ClassIncremental
 
 
 def tiny_vit(num_classes: int = 6, depth: int = 2, seed: int = 0) -> VisionTransformer:
@@ -36,7 +36,7 @@ def tiny_stream(n_tasks: int = 3, n_per_class: int = 16, **options) -> ClassIncr
     """Six classes over ``n_tasks`` tasks, 16 training and 5 test samples a class, batches of 8."""
     defaults = {"batch_size": 8, "eval_batch_size": 7}
     return ClassIncremental(
-        image_data(n_per_class), test=image_data(5, seed=1), labels=1, n_tasks=n_tasks, **{**defaults, **options}
+        image_data(n_per_class), test=image_data(5, seed=1), n_tasks=n_tasks, **{**defaults, **options}
     )
 
 

@@ -88,6 +88,6 @@ def __getattr__(name):
 
     class TinyStream(ClassIncremental):
         def __init__(self) -> None:
-            super().__init__(image_data(16), test=image_data(5, seed=1), labels=1, n_tasks=3, batch_size=8)
+            super().__init__(image_data(16), test=image_data(5, seed=1), n_tasks=3, batch_size=8)
 
     return TinyStream

@@ -1,0 +1,346 @@
+"""Taps: the tokens between the blocks of a frozen backbone, taken without building a graph through it.
+
+This is the one place where side networks meet the backbone. The pass through it runs under ``no_grad`` and in eval mode
+whatever the parent module does, so autograd keeps no tensor of it, dropout never makes two passes differ, and what was
+taken once can be stored and replayed (see :mod:`cl_plugins.feature_cache`).
+
+    tap 0      tokens that enter block 0, after embedding, position and pre-norm
+    tap i + 1  output of block i, before any final norm                          (batch, tokens, dim)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cl_plugins.attach import plugin_modules
+from cl_plugins.backbones import Backbone
+
+
+@dataclass
+class TapRecord:
+    """What one forward pass left for a side network.
+
+    Attributes:
+        taps: tokens ``(batch, tokens, dim)`` by tap index; learned registers, where there are any, in front.
+        image: what the backbone was given, when a side network reads it.
+    """
+
+    taps: dict[int, Tensor] = field(default_factory=dict)
+    image: Tensor | None = None
+
+
+class SideNetwork(nn.Module):
+    """Base of the networks beside a backbone: maps a record of taps to the feature in front of the classifier.
+
+    Attributes:
+        tap_indices: taps that it reads.
+        needs_image: whether it reads the image too.
+        needs_base: whether it reads the backbone's own feature.
+    """
+
+    tap_indices: tuple[int, ...] = ()
+    needs_image: bool = False
+    needs_base: bool = False
+
+    def forward(self, record: TapRecord, base: Tensor) -> Tensor:
+        """The feature ``(batch, features)`` for a record and the backbone's own feature ``base``."""
+        raise RuntimeError(f"`{type(self).__name__}` has no forward; use LadderSide, HierarchicalSide, SherlSide, AlphaSide")
+
+    def undecayed(self) -> list[nn.Parameter]:
+        """Gates and mixing weights, which weight decay must leave alone."""
+        return []
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """How a backbone's tokens are arranged.
+
+    Attributes:
+        prefix: tokens in front of the patches (class token, registers).
+        pool: "token" reads the first token, "avg" the mean of the patches.
+    """
+
+    prefix: int
+    pool: str
+
+    def reduce(self, tokens: Tensor) -> Tensor:
+        """One vector per sample ``(batch, dim)``; a copy, since a slice would keep all tokens alive for backward."""
+        return tokens[:, 0].clone() if self.pool == "token" else tokens[:, self.prefix :].mean(1)
+
+
+def token_layout(backbone: Backbone) -> TokenLayout:
+    """The layout that the backbone itself pools with."""
+    model: Any = backbone.model
+    if backbone.kind == "open_clip":
+        return TokenLayout(1, "token" if getattr(model, "pool_type", "tok") == "tok" else "avg")
+    prefix = int(getattr(model, "num_prefix_tokens", 1))
+    return TokenLayout(prefix, "token" if getattr(model, "global_pool", "token") == "token" and prefix else "avg")
+
+
+def patch_grid(tokens: int, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of ``tokens`` patches of an image.
+
+    Raises:
+        ValueError: when they fill no grid of the image's shape.
+    """
+    rows = max(1, round((tokens * height / width) ** 0.5))
+    if tokens % rows:
+        raise ValueError(f"the patches must fill a grid like the image of {height} x {width}, got {tokens} patches")
+    return rows, tokens // rows
+
+
+def is_row_ids(value: Any) -> bool:
+    """Whether ``value`` stands for rows of a feature cache instead of images: an int64 vector."""
+    return isinstance(value, Tensor) and value.ndim == 1 and value.dtype == torch.int64
+
+
+class _Enough(Exception):
+    """Ends the pass through the backbone behind the last block that anything reads."""
+
+
+class BackboneTaps(nn.Module):
+    """Takes taps whenever the backbone runs; nothing of the user's module changes but what it keeps for backward.
+
+    WHEN: :meth:`attach` puts a bound method in front of the backbone's ``forward_features`` (timm) or ``forward``
+    (open_clip); hooks on the blocks copy references to their outputs.
+
+    Args:
+        backbone: what to tap.
+
+    Raises:
+        RuntimeError: when another adapter already replaced that method.
+
+    Example:
+        >>> from timm.models.vision_transformer import VisionTransformer
+        >>> from cl_plugins.backbones import find_backbone
+        >>> vit = VisionTransformer(img_size=8, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=3)
+        >>> taps = BackboneTaps(find_backbone(vit)).attach()
+        >>> taps.want([0, 2])
+        >>> _ = vit.train()(torch.zeros(1, 3, 8, 8))
+        >>> record = taps.take()
+        >>> sorted(record.taps), record.taps[2].requires_grad, vit.training
+        ([0, 2], False, False)
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.wanted: set[int] = set()
+        self.wants_image = False
+        self.needs_final = True
+        self.frozen = True
+        self.registers: Sequence[Tensor] = ()
+        self.reader: Callable[[Tensor], tuple[TapRecord, Tensor]] | None = None
+        self._backbone = (backbone,)  # in a tuple, so that its weights are not saved twice
+        self._record: TapRecord | None = None
+        self._replayed: Tensor | None = None
+        self._running = False
+        self._handles: list[Any] = []
+
+    @property
+    def backbone(self) -> Backbone:
+        """The backbone that is tapped."""
+        return self._backbone[0]
+
+    def want(self, indices: Iterable[int], *, image: bool = False) -> None:
+        """Take these taps, and the image, from now on, beside those wanted before.
+
+        Raises:
+            ValueError: for an index outside 0 to the number of blocks.
+        """
+        indices, depth = set(indices), len(self.backbone.blocks)
+        outside = sorted(i for i in indices if not 0 <= i <= depth)
+        if outside:
+            raise ValueError(f"`indices` must be taps of the backbone, 0 to {depth}, got {outside!r}")
+        self.wanted |= indices
+        self.wants_image |= image
+
+    @property
+    def _method(self) -> str:
+        return "forward_features" if self.backbone.kind == "timm" else "forward"
+
+    def attach(self) -> BackboneTaps:
+        """Start tapping; a repeated call changes nothing."""
+        if self._handles:
+            return self
+        model = self.backbone.model
+        if self._method in vars(model):
+            raise RuntimeError(
+                f"`{type(model).__name__}.{self._method}` must be the backbone's own, but another adapter replaced it;"
+                " detach that one first"
+            )
+        setattr(model, self._method, self._forward)
+        self._handles.append(self.backbone.blocks[0].register_forward_pre_hook(self._enter_first))
+        for index, block in enumerate(self.backbone.blocks):
+            self._handles.append(block.register_forward_pre_hook(partial(self._enter, index)))
+            self._handles.append(block.register_forward_hook(partial(self._leave, index)))
+        return self
+
+    def substitute_at(self, head: nn.Module) -> None:
+        """Let replayed features enter ``head`` in place of what comes from the skipped backbone."""
+        self._handles.append(head.register_forward_pre_hook(self._substitute))
+
+    def detach(self) -> None:
+        """Give the backbone its own method back."""
+        vars(self.backbone.model).pop(self._method, None)
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def take(self) -> TapRecord:
+        """The record of the last pass, once.
+
+        Raises:
+            RuntimeError: when the backbone did not run since the last call.
+        """
+        if self._record is None:
+            raise RuntimeError(
+                f"the backbone's `{self._method}` must run before its classifier, got no pass;"
+                " call the backbone itself in `forward`, not its blocks"
+            )
+        record, self._record = self._record, None
+        return record
+
+    def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        model = self.backbone.model
+        self._replayed = None
+        if is_row_ids(x):
+            return self._replay(x)
+        if model.training:  # a parent's train() flips it each epoch
+            model.eval()
+        self._record = TapRecord(image=x.detach() if self.wants_image else None)
+        self._running = True
+        try:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+                return getattr(type(model), self._method)(model, x, *args, **kwargs)
+        except _Enough:
+            return self._blank(len(x), x)
+        finally:
+            self._running = False
+
+    def _replay(self, ids: Tensor) -> Tensor:
+        if self.reader is None:
+            raise RuntimeError(
+                "the input must be images, got a vector of int64, which stands for rows of a feature cache, and no"
+                " cache is open; put CacheFeatures into the callbacks"
+            )
+        self._record, self._replayed = self.reader(ids)
+        return self._blank(len(ids), self._replayed)
+
+    def _blank(self, batch: int, like: Tensor) -> Tensor:
+        """Zeros in the shape of the backbone's output; a hook on the classifier puts the feature there."""
+        model: Any = self.backbone.model
+        if self.backbone.kind == "timm":
+            layout = token_layout(self.backbone)
+            return like.new_zeros(1, 1, 1).expand(batch, layout.prefix + 1, self.backbone.embed_dim)
+        return like.new_zeros(1, 1).expand(batch, self.backbone.embed_dim if model.proj is None else model.proj.shape[1])
+
+    def _substitute(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self._replayed is None:
+            return None
+        feature, self._replayed = self._replayed, None
+        return (feature, *args[1:])
+
+    def _tokens_first(self, tokens: Tensor) -> Tensor:
+        """``(batch, tokens, dim)`` of a block's input or output, which old open_clip towers give tokens first."""
+        transformer = getattr(self.backbone.model, "transformer", None)
+        batch_first = self.backbone.kind == "timm" or bool(getattr(transformer, "batch_first", True))
+        return tokens if batch_first else tokens.transpose(0, 1)
+
+    def _enter_first(self, block: nn.Module, args: tuple[Any, ...]) -> None:
+        if self._running and self._record is not None and 0 in self.wanted:
+            self._record.taps[0] = self._tokens_first(args[0])
+
+    def _enter(self, index: int, block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not self._running or not self.registers:
+            return None
+        register = self.registers[index].to(args[0].dtype)
+        return (torch.cat([register.expand(len(args[0]), -1, -1), args[0]], 1), *args[1:])
+
+    def _leave(self, index: int, block: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if not self._running or self._record is None:
+            return None
+        if index + 1 in self.wanted:
+            self._record.taps[index + 1] = self._tokens_first(output)
+        if not self.needs_final and index + 1 >= max(self.wanted, default=len(self.backbone.blocks)):
+            raise _Enough
+        return output[:, self.registers[index].shape[1] :] if self.registers else None
+
+
+def backbone_taps(module: nn.Module, backbone: Backbone, head: nn.Module) -> BackboneTaps:
+    """The one tap of ``backbone`` under ``module.plugins``; side networks and caches share it."""
+    plugins = plugin_modules(module)
+    if "taps" not in plugins:
+        taps = BackboneTaps(backbone).attach()
+        taps.substitute_at(head)
+        plugins["taps"] = taps
+    taps = plugins["taps"]  # type: ignore[assignment]
+    assert isinstance(taps, BackboneTaps)
+    return taps
+
+
+@contextmanager
+def tapping(backbone: Backbone, indices: Iterable[int]) -> Iterator[BackboneTaps]:
+    """Tap a backbone inside a block.
+
+    Example:
+        >>> from timm.models.vision_transformer import VisionTransformer
+        >>> from cl_plugins.backbones import find_backbone
+        >>> vit = VisionTransformer(img_size=8, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=3)
+        >>> with tapping(find_backbone(vit), [1]) as taps:
+        ...     _ = vit(torch.zeros(2, 3, 8, 8))
+        ...     taps.take().taps[1].shape
+        torch.Size([2, 5, 16])
+    """
+    taps = BackboneTaps(backbone).attach()
+    try:
+        taps.want(indices)
+        yield taps
+    finally:
+        taps.detach()
+
+
+def run_late(backbone: Backbone, tokens: Tensor, late: int) -> Tensor:
+    """The last ``late`` blocks, final norm and pooling on ``tokens``, with a graph: the feature ``(batch, features)``.
+
+    The blocks' parameters stay frozen; gradients only pass through them to ``tokens``.
+    """
+    model: Any = backbone.model
+    if model.training:
+        model.eval()
+    if backbone.kind == "timm":
+        for block in backbone.blocks[len(backbone.blocks) - late :]:
+            tokens = block(tokens)
+        feature: Tensor = model.forward_head(model.norm(tokens), pre_logits=True)
+        return feature
+    batch_first = bool(getattr(model.transformer, "batch_first", True))
+    tokens = tokens if batch_first else tokens.transpose(0, 1)
+    for block in backbone.blocks[len(backbone.blocks) - late :]:
+        tokens = block(tokens)
+    pooled: Tensor = model._pool(tokens if batch_first else tokens.transpose(0, 1))[0]
+    return pooled if model.proj is None else pooled @ model.proj
+
+
+def project(backbone: Backbone, feature: Tensor, width: int) -> Tensor:
+    """A side network's feature in the width of the classifier: through open_clip's frozen projection, zeros behind it.
+
+    Zeros behind a narrow feature make the classifier's first columns its own classifier, the others have no effect.
+
+    Raises:
+        ValueError: for a feature that is wider than the classifier's input.
+    """
+    projection = getattr(backbone.model, "proj", None) if backbone.kind == "open_clip" else None
+    if projection is not None and feature.shape[1] == projection.shape[0]:
+        feature = feature @ projection.to(feature.dtype)
+    if feature.shape[1] > width:
+        raise ValueError(
+            f"the classifier must take at least {feature.shape[1]} features, the side network's width, got {width}"
+        )
+    return F.pad(feature, (0, width - feature.shape[1])) if feature.shape[1] < width else feature

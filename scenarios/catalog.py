@@ -1,0 +1,92 @@
+"""The data sets and streams that come with the library."""
+
+from __future__ import annotations
+
+from .registry import DataInfo, ScenarioInfo, register_data, register_scenario
+
+_GLYPHS = "characters rendered from the bundled fonts"
+_A = {"name": "imagenet-a", "title": "ImageNet-A", "source": "https://github.com/hendrycks/natural-adv-examples"}
+
+DATA = (
+    DataInfo("digits", "1,797 real handwritten digits of scikit-learn", "digits:load_digits_data"),
+    DataInfo("glyphs-100", f"100 {_GLYPHS}", "glyph_data:load_glyphs", {"n_classes": 100}),
+    DataInfo(
+        "glyphs-1000",
+        f"1,000 {_GLYPHS}",
+        "glyph_data:load_glyphs",
+        {"n_classes": 1000, "train_images": 20, "validation_images": 4, "test_images": 10, "n_tasks": 100},
+    ),
+    DataInfo(
+        "cifar10",
+        "CIFAR-10, 60,000 small photos",
+        "benchmarks:load_cifar",
+        {"kind": "cifar10"},
+        "root= with cifar-10-batches-py, or root= and download=True (170 MB)",
+    ),
+    DataInfo(
+        "cifar100",
+        "CIFAR-100, 60,000 small photos",
+        "benchmarks:load_cifar",
+        {"kind": "cifar100"},
+        "root= with cifar-100-python, or root= and download=True (169 MB)",
+    ),
+    DataInfo(
+        "imagenet-r",
+        "ImageNet-R, 30,000 renditions of 200 classes",
+        "benchmarks:load_class_folders",
+        {},
+        "root= with one folder per class",
+    ),
+    DataInfo(
+        "imagenet-a",
+        "ImageNet-A, 7,500 hard photos of 200 classes",
+        "benchmarks:load_class_folders",
+        _A,
+        "root= with one folder per class",
+    ),
+    DataInfo("cub200", "CUB-200-2011, 11,788 photos of birds", "benchmarks:load_cub", {}, "root= with CUB_200_2011"),
+)
+
+_SPLITS = (
+    (
+        "digits",
+        "real handwritten digits, two classes at a time",
+        "5 tasks x 2 classes; 1,433 training and 364 test images",
+    ),
+    (
+        "glyphs-100",
+        f"{_GLYPHS}, ten classes at a time",
+        "10 tasks x 10 classes; 6,000 training, 1,000 validation and 2,000 test images",
+    ),
+    (
+        "glyphs-1000",
+        f"{_GLYPHS}, a long stream",
+        "100 tasks x 10 classes; 20,000 training, 4,000 validation and 10,000 test images",
+    ),
+    ("cifar10", "CIFAR-10, two classes at a time", "5 tasks x 2 classes; 50,000 training and 10,000 test images"),
+    ("cifar100", "CIFAR-100, ten classes at a time", "10 tasks x 10 classes; 50,000 training and 10,000 test images"),
+    (
+        "imagenet-r",
+        "ImageNet-R, twenty classes at a time",
+        "10 tasks x 20 classes; 24,000 training and 6,000 test images",
+    ),
+    (
+        "imagenet-a",
+        "ImageNet-A, twenty classes at a time",
+        "10 tasks x 20 classes; 6,000 training and 1,500 test images",
+    ),
+    ("cub200", "CUB-200-2011, twenty birds at a time", "10 tasks x 20 classes; 5,994 training and 5,788 test images"),
+)
+_NEEDS = {info.name: info.needs for info in DATA}
+
+SCENARIOS = tuple(
+    ScenarioInfo(
+        f"split-{data}", description, "class_incremental:ClassIncremental", {"data": data}, sizes, _NEEDS[data], data
+    )
+    for data, description, sizes in _SPLITS
+)
+
+for _data in DATA:
+    register_data(_data)
+for _scenario in SCENARIOS:
+    register_scenario(_scenario)
