@@ -43,7 +43,7 @@ class MaskedHead(ContinualCallback):
     def __init__(self, head: str | None = None) -> None:
         super().__init__()
         self.head = head
-        self._protection: RemovableHandle | None = None
+        self._protections: list[RemovableHandle] = []
 
     def find(self, module: nn.Module) -> nn.Linear:
         """The classifier of ``module``."""
@@ -64,14 +64,15 @@ class MaskedHead(ContinualCallback):
         head = self.find(pl_module)
         others = sorted(set(range(head.out_features)) - set(self._task.classes))
         for optimizer in trainer.optimizers:
-            self._protection = protect_rows(head, others, optimizer) or self._protection
+            protection = protect_rows(head, others, optimizer)
+            if protection is not None:
+                self._protections.append(protection)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """End the protection with the fit."""
         super().teardown(trainer, pl_module, stage)
-        if self._protection is not None:
-            self._protection.remove()
-            self._protection = None
+        while self._protections:
+            self._protections.pop().remove()
 
 
 class FrozenBackbone(MaskedHead):

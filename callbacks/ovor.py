@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +29,7 @@ from cl_plugins.attach import plugin_modules
 from cl_plugins.evaluation import split_batch
 from cl_plugins.features import collect_features
 from cl_plugins.head_phase import FeatureTap, HeadPhase, gather_rows, tune_head
-from cl_plugins.outliers import VirtualOutliers
+from cl_plugins.outliers import Mode, VirtualOutliers
 
 from .one_prompt import OnePrompt
 
@@ -48,6 +49,8 @@ class OVOR(OnePrompt):
 
     Args:
         outliers: settings of the outliers and their loss, or the ones that differ from the published defaults.
+        synthesis: "reference" makes outliers as the published code does (noise around the origin), "boundary" as the
+            paper does (noise around samples at the edge of the data); None takes the mode of ``outliers``.
         head_epochs: head epochs per task. None for a fifth of ``max_epochs``, at least 1, as the published 10 of 50 and
             4 of 20.
         refresh_features: collect the features anew in each head epoch, with new augmentation, as published. Otherwise
@@ -61,7 +64,7 @@ class OVOR(OnePrompt):
         ValueError: for settings out of range; at the start of training when no epoch is left for the prompt.
 
     Example:
-        >>> method = OVOR({"noise_scale": 1.0, "mode": "boundary"}, head_epochs=4)
+        >>> method = OVOR({"noise_scale": 1.0}, synthesis="boundary", head_epochs=4)
         >>> method.outliers.noise_scale, method.outliers.neighbors
         (1.0, 50)
     """
@@ -70,6 +73,7 @@ class OVOR(OnePrompt):
         self,
         outliers: VirtualOutliers | Mapping[str, Any] | None = None,
         *,
+        synthesis: Mode | None = None,
         head_epochs: int | None = None,
         refresh_features: bool = True,
         lengths: Mapping[int, int] | None = None,
@@ -80,7 +84,8 @@ class OVOR(OnePrompt):
         super().__init__(lengths, backbone=backbone, head=head, seed=seed)
         if head_epochs is not None and head_epochs < 1:
             raise ValueError(f"`head_epochs` must be 1 or more, got {head_epochs!r}; for none use OnePrompt")
-        self.outliers = outliers if isinstance(outliers, VirtualOutliers) else VirtualOutliers(**(outliers or {}))
+        chosen = outliers if isinstance(outliers, VirtualOutliers) else VirtualOutliers(**(outliers or {}))
+        self.outliers = chosen if synthesis is None else replace(chosen, mode=synthesis)
         self.head_epochs = head_epochs
         self.refresh_features = refresh_features
         self._first_head_epoch = 0
@@ -154,7 +159,7 @@ class OVOR(OnePrompt):
             {
                 "name": f"ovor/{quantity}",
                 "task": task,
-                "epoch": [epoch for epoch, _ in phases],
+                "x": [epoch for epoch, _ in phases],
                 "value": torch.stack([getattr(means, quantity) for _, means in phases]).tolist(),
             }
             for task, phases in self._history.items()

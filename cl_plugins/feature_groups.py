@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +32,6 @@ class FeatureGroups:
     Args:
         threshold: cosine of mean features from which a group is reused, in [-1, 1]; :func:`bootstrap_threshold` gives
             one.
-        center: subtract the first task's mean before comparing; features of one network share a large common part.
 
     Raises:
         ValueError: for a threshold out of range.
@@ -45,22 +44,14 @@ class FeatureGroups:
         (True, False)
     """
 
-    def __init__(self, threshold: float, center: Literal["none", "first"] = "none") -> None:
-        if center not in ("none", "first"):
-            raise ValueError(f"`center` must be 'none' or 'first', got {center!r}")
+    def __init__(self, threshold: float) -> None:
         self.threshold = check_threshold(threshold, own_scale=True)
-        self.center = center
         self.means: list[list[Array]] = []  # of each task, by group
         self.history: list[dict[str, Any]] = []
-        self._origin: Array | None = None
         self._pending: Array | None = None
 
-    def _placed(self, rows: Array) -> Array:
-        return rows if self._origin is None else rows - self._origin
-
     def _scores(self, rows: Array) -> Array:
-        placed = self._placed(rows)
-        return np.stack([cosines(placed, self._placed(np.stack(m))).mean(axis=1) for m in self.means], axis=1)
+        return np.stack([cosines(rows, np.stack(means)).mean(axis=1) for means in self.means], axis=1)
 
     def match(self, features: Any) -> Match:
         """Decide for a task from features ``(samples, dim)`` of its training data."""
@@ -84,8 +75,6 @@ class FeatureGroups:
         """
         if self._pending is None:
             raise RuntimeError("`commit` must follow `match`; no task is pending")
-        if not self.means and self.center == "first":
-            self._origin = self._pending
         if match.group == len(self.means):
             self.means.append([])
         self.means[match.group].append(self._pending)
@@ -110,7 +99,6 @@ class FeatureGroups:
         return {
             "threshold": self.threshold,
             "means": [[m.tolist() for m in group] for group in self.means],
-            "origin": None if self._origin is None else self._origin.tolist(),
             "history": [dict(h) for h in self.history],
         }
 
@@ -118,7 +106,6 @@ class FeatureGroups:
         """The inverse of :meth:`state_dict`."""
         self.threshold = float(state["threshold"])
         self.means = [[np.asarray(m, dtype=np.float64) for m in group] for group in state["means"]]
-        self._origin = None if state["origin"] is None else np.asarray(state["origin"], dtype=np.float64)
         self.history = [dict(h) for h in state["history"]]
 
 

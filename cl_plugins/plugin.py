@@ -58,6 +58,7 @@ class ContinualCallback(Callback):
     def __init__(self) -> None:
         self._task: Task | None = None
         self._check: CallCheck | None = None
+        self._reached: set[str] = set()
 
     # what a method overrides; usable without a Trainer
 
@@ -133,7 +134,8 @@ class ContinualCallback(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start counting the calls of the adapters."""
-        modules = self.adapter_modules(pl_module)
+        # each once: a compiled model does not run hooks that are added later
+        modules = {n: m for n, m in self.adapter_modules(pl_module).items() if n not in self._reached}
         self._check = CallCheck(modules) if modules else None
 
     def on_train_batch_end(
@@ -142,7 +144,7 @@ class ContinualCallback(Callback):
         """After the first batch, raise when an adapter was not reached."""
         if self._check is not None:
             check, self._check = self._check, None
-            check.verify()
+            self._reached |= set(check.verify())
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Add :meth:`extra_loss`, scaled as Lightning scaled the loss, so it equals a term the module adds itself."""

@@ -44,11 +44,13 @@ class SideNetwork(nn.Module):
         tap_indices: taps that it reads.
         needs_image: whether it reads the image too.
         needs_base: whether it reads the backbone's own feature.
+        in_token_space: whether its feature has the width of a token, so that open_clip's projection applies to it.
     """
 
     tap_indices: tuple[int, ...] = ()
     needs_image: bool = False
     needs_base: bool = False
+    in_token_space: bool = False
 
     def forward(self, record: TapRecord, base: Tensor) -> Tensor:
         """The feature ``(batch, features)`` for a record and the backbone's own feature ``base``."""
@@ -328,16 +330,22 @@ def run_late(backbone: Backbone, tokens: Tensor, late: int) -> Tensor:
     return pooled if model.proj is None else pooled @ model.proj
 
 
-def project(backbone: Backbone, feature: Tensor, width: int) -> Tensor:
-    """A side network's feature in the width of the classifier: through open_clip's frozen projection, zeros behind it.
+def project(backbone: Backbone, feature: Tensor, width: int, *, tokens: bool) -> Tensor:
+    """A side network's feature in the width of the classifier: zeros behind a narrow one.
 
-    Zeros behind a narrow feature make the classifier's first columns its own classifier, the others have no effect.
+    Zeros make the classifier's first columns the feature's own classifier, and the others without effect.
+
+    Args:
+        backbone: whose frozen projection is applied, where an open_clip tower has one.
+        feature: ``(batch, features)``.
+        width: what the classifier takes.
+        tokens: whether the feature has the width of a token and passes the projection.
 
     Raises:
         ValueError: for a feature that is wider than the classifier's input.
     """
-    projection = getattr(backbone.model, "proj", None) if backbone.kind == "open_clip" else None
-    if projection is not None and feature.shape[1] == projection.shape[0]:
+    projection: Any = getattr(backbone.model, "proj", None) if backbone.kind == "open_clip" else None
+    if projection is not None and tokens:
         feature = feature @ projection.to(feature.dtype)
     if feature.shape[1] > width:
         raise ValueError(

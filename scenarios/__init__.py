@@ -4,20 +4,26 @@ if __name__ == "scenarios":
     raise ImportError("import cl_plugins.scenarios instead")
 
 from . import catalog  # noqa: F401  registers the names
-from .class_incremental import ClassIncremental, StreamData
+from .boundaries import Blurry, FewShot, Repetition
+from .class_incremental import ClassIncremental, TaskIncremental
 from .data import BatchSource, Split, TensorSource
 from .labels import find_labels
 from .references import Cumulative, Joint
 from .registry import build_scenario, data_names, load_data, scenario_info, scenario_names
 from .stream import TaskStream
+from .stream_data import StreamData
 
 __all__ = [
     "BatchSource",
+    "Blurry",
     "ClassIncremental",
     "Cumulative",
+    "FewShot",
     "Joint",
+    "Repetition",
     "Split",
     "StreamData",
+    "TaskIncremental",
     "TaskStream",
     "TensorSource",
     "build_scenario",

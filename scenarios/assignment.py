@@ -51,6 +51,7 @@ def assign_classes(
     *,
     n_tasks: int | None = None,
     classes: Sequence[Sequence[int]] | None = None,
+    sizes: Sequence[int] | None = None,
     first_task_classes: int | None = None,
     class_order: Sequence[int] | None = None,
     order_seed: int | None = None,
@@ -61,6 +62,7 @@ def assign_classes(
         present: labels of the data, ascending.
         n_tasks: number of tasks.
         classes: the classes of each task, instead of ``n_tasks``.
+        sizes: how many classes each task has, instead of ``n_tasks``.
         first_task_classes: how many classes the first task has; the others share the rest.
         class_order: labels in the order in which they are learned.
         order_seed: draws that order.
@@ -84,6 +86,8 @@ def assign_classes(
             raise ValueError(f"`n_tasks` must be {len(classes)}, the length of `classes`, or None, got {n_tasks!r}")
         return _check_lists(present, classes)
     order = order_classes(present, class_order, order_seed)
+    if sizes is not None:
+        return _cut(order, sizes)
     if n_tasks is None:
         raise ValueError("`n_tasks` or `classes` must be given, got neither")
     if isinstance(n_tasks, bool) or not isinstance(n_tasks, int) or n_tasks < 1:
@@ -91,18 +95,19 @@ def assign_classes(
     if n_tasks > len(order):
         raise ValueError(f"`n_tasks` must be at most {len(order)}, the number of classes, got {n_tasks!r}")
     if first_task_classes is None:
-        sizes = split_evenly(len(order), n_tasks)
-    else:
-        most = len(order) - (n_tasks - 1)
-        least = most if n_tasks == 1 else 1
-        if not least <= first_task_classes <= most:
-            raise ValueError(
-                f"`first_task_classes` must be between {least} and {most}, so that each of the {n_tasks} tasks"
-                f" gets a class and no class is lost, got {first_task_classes!r}"
-            )
-        sizes = [first_task_classes]
-        if n_tasks > 1:
-            sizes += split_evenly(len(order) - first_task_classes, n_tasks - 1)
+        return _cut(order, split_evenly(len(order), n_tasks))
+    most = len(order) - (n_tasks - 1)
+    least = most if n_tasks == 1 else 1
+    if not least <= first_task_classes <= most:
+        raise ValueError(
+            f"`first_task_classes` must be between {least} and {most}, so that each of the {n_tasks} tasks"
+            f" gets a class and no class is lost, got {first_task_classes!r}"
+        )
+    rest = split_evenly(len(order) - first_task_classes, n_tasks - 1) if n_tasks > 1 else []
+    return _cut(order, [first_task_classes, *rest])
+
+
+def _cut(order: list[int], sizes: Sequence[int]) -> list[list[int]]:
     lists, start = [], 0
     for size in sizes:
         lists.append(order[start : start + size])

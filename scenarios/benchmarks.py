@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from .class_incremental import StreamData
+from .stream_data import StreamData
 from .data import Transform
 from .image_files import ImageFiles, class_folders, listed_images, need, seeded_halves
 

@@ -3,128 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from typing_extensions import Unpack
-
-from cl_plugins.task import Task
 
 from ._seeds import check_seed
 from .assignment import assign_classes
-from .data import Split, Transform
-from .labels import FoundLabels, Labels, align_labels, find_labels
+from .data import Split
+from .labels import Labels
 from .stream import LoaderOptions, TaskStream
+from .stream_data import as_stream_data, prepare
 
 
-@dataclass(frozen=True, eq=False)
-class StreamData:
-    """Training and test data of one data set, with what belongs to them.
+class ClassOptions(LoaderOptions, total=False):
+    """Keyword arguments of :class:`ClassIncremental` that scenarios built on it pass on."""
 
-    Attributes:
-        train: map dataset.
-        test: map dataset.
-        validation: map dataset; None takes ``validation_fraction`` of the training data.
-        labels: how the labels are found, see :func:`cl_plugins.scenarios.find_labels`.
-        class_names: text of each label.
-        train_transform: for the inputs in training, unless the stream is given another.
-        eval_transform: for the inputs everywhere else, likewise.
-        n_tasks: number of tasks when nobody says otherwise.
-        name: short, lower case.
-    """
-
-    train: Any
     test: Any
-    validation: Any = None
-    labels: Labels | None = None
-    class_names: tuple[str, ...] | None = None
-    train_transform: Transform | None = None
-    eval_transform: Transform | None = None
-    n_tasks: int | None = None
-    name: str = ""
-
-
-def as_stream_data(
-    data: Any, test: Any, root: str | None, download: bool, options: dict[str, Any] | None = None
-) -> StreamData:
-    """What a scenario was given, as :class:`StreamData`.
-
-    Raises:
-        ValueError: for an unknown name, or without test data.
-    """
-    if isinstance(data, StreamData):
-        return data
-    if isinstance(data, str):
-        from .registry import load_data
-
-        return load_data(data, root=root, download=download, **(options or {}))
-    if test is None and isinstance(data, tuple) and len(data) == 2:
-        data, test = data
-    for name, value in (("data", data), ("test", test)):
-        if value is not None and not (hasattr(value, "__len__") and hasattr(value, "__getitem__")):
-            raise TypeError(
-                f"`{name}` must be a data set with a length and items by index, got {type(value).__name__};"
-                " a stream of samples must be collected first"
-            )
-    return StreamData(data, test, name=type(data).__name__.lower())
-
-
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """Labels and splits that all class-based scenarios start from.
-
-    Attributes:
-        data: the sources.
-        train: labels of the training data.
-        test: labels of the test data, in the same numbers.
-        validation: labels of the validation data; None without one.
-        present: labels that have training samples, ascending.
-    """
-
-    data: StreamData
-    train: FoundLabels
-    test: FoundLabels
-    validation: FoundLabels | None
-    present: list[int]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Text of each label by its number, or nothing."""
-        return self.train.names if len(self.train.names) > max(self.present) else ()
-
-    def task(self, index: int, classes: Sequence[int], name: str = "", description: str = "") -> Task:
-        """A task with the texts of its classes."""
-        texts = tuple(self.names[c] for c in classes) if self.names else ()
-        return Task(index, tuple(classes), name=name, description=description, class_names=texts)
-
-
-def prepare(data: StreamData, labels: Labels | None) -> Prepared:
-    """Find the labels of every split.
-
-    Raises:
-        ValueError: when they cannot be found, or when there is no test data.
-    """
-    if data.test is None:
-        raise ValueError(
-            "`test` must be given, got None; pass `test=` or a pair (train, test), or split the data set in two first"
-        )
-    how = data.labels if labels is None else labels
-    for_all = how if how is None or isinstance(how, str) or callable(how) else None
-    if how is not None and for_all is None:
-        raise ValueError(
-            "`labels` must be a name or a function when there are training and test data, got one value per sample;"
-            " use stream_from, which takes arrays for both"
-        )
-    train = find_labels(data.train, for_all, data.class_names)
-    test = align_labels(train, find_labels(data.test, for_all, data.class_names))
-    validation = None
-    if data.validation is not None:
-        validation = align_labels(train, find_labels(data.validation, for_all, data.class_names))
-    present = np.unique(train.values).tolist()
-    if not present:
-        raise ValueError("`data` must hold training samples, got none")
-    return Prepared(data, train, test, validation, present)
+    classes: Sequence[Sequence[int]] | None
+    first_task_classes: int | None
+    class_order: Sequence[int] | None
+    order_seed: int | None
+    data_seed: int | None
+    split_seed: int
+    seed: int | None
+    validation_fraction: float
+    labels: Labels | None
+    root: str | None
+    download: bool
+    data_options: dict[str, Any] | None
 
 
 class ClassIncremental(TaskStream):
@@ -193,10 +99,12 @@ class ClassIncremental(TaskStream):
             data_seed = seed if data_seed is None else data_seed
         found = prepare(as_stream_data(data, test, root, download, data_options), labels)
         source = found.data
+        sizes = self.divide(len(found.present))
         lists = assign_classes(
             found.present,
-            n_tasks=source.n_tasks if n_tasks is None and classes is None else n_tasks,
+            n_tasks=source.n_tasks if n_tasks is None and classes is None and sizes is None else n_tasks,
             classes=classes,
+            sizes=sizes,
             first_task_classes=first_task_classes,
             class_order=class_order,
             order_seed=order_seed,
@@ -207,16 +115,71 @@ class ClassIncremental(TaskStream):
             validation = Split.by_class(source.validation, found.validation.values, lists)
         elif validation_fraction:
             train, validation = train.hold_out(validation_fraction, check_seed("split_seed", split_seed))
-        options.setdefault("name", f"split-{source.name}")
+        train, taught = self.arrange(train, lists)
+        options.setdefault("name", f"{self.prefix}-{source.name}")
         options.setdefault("train_transform", source.train_transform)
         options.setdefault("eval_transform", source.eval_transform)
+        columns = [found.task(i, own) for i, own in enumerate(lists)]
         super().__init__(
-            [found.task(i, own) for i, own in enumerate(lists)],
+            columns if taught == lists else [found.task(i, own) for i, own in enumerate(taught)],
             train,
             Split.by_class(source.test, found.test.values, lists),
             validation,
-            seeds={"order": order_seed, "data": 0 if data_seed is None else data_seed, "split": split_seed},
+            class_order=[c for own in lists for c in own],
+            seeds={
+                "order": order_seed,
+                "data": 0 if data_seed is None else data_seed,
+                "split": split_seed,
+                **self.further_seeds(),
+            },
+            shared_classes=taught != lists,
+            evaluation_tasks=columns,
             **options,
         )
         self.class_names = found.names
         self.label_mapping = found.train.mapping
+
+    prefix = "split"
+
+    def divide(self, n_classes: int) -> list[int] | None:
+        """Number of classes of each task; None divides them as the arguments say."""
+        return None
+
+    def arrange(self, train: Split, lists: list[list[int]]) -> tuple[Split, list[list[int]]]:
+        """What each task trains on, and the classes among it; scenarios with other boundaries override this.
+
+        Args:
+            train: the training samples, each in the task that owns its class.
+            lists: the classes that each task owns, which are the columns of the accuracy matrix.
+        """
+        return train, lists
+
+    def further_seeds(self) -> dict[str, int | None]:
+        """Seeds of :meth:`arrange`, for the provenance."""
+        return {}
+
+
+class TaskIncremental(ClassIncremental):
+    """The class-incremental stream, evaluated with the task known: the model chooses among the task's own classes.
+
+    WHEN: nothing differs in training. Every evaluation counts both, the choice among all classes so far and the choice
+    among the task's own, in one pass; :attr:`task_known` says which one is this stream's number.
+
+    Args:
+        data: as of :class:`ClassIncremental`.
+        n_tasks: as there.
+        options: as there.
+
+    Raises:
+        ValueError: as there.
+
+    Example:
+        >>> TaskIncremental("digits", n_tasks=5).provenance()["task_known"]
+        True
+    """
+
+    task_known = True
+    prefix = "task"
+
+    def __init__(self, data: Any, n_tasks: int | None = None, **options: Unpack[ClassOptions]) -> None:
+        super().__init__(data, n_tasks, **options)

@@ -59,6 +59,20 @@ class TensorSource:
         return self.inputs[index], int(self.labels[index])
 
 
+def rank_in_class(labels: NDArray[np.int64], keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Position of each sample among those of its class when they are sorted by ``keys``.
+
+    Example:
+        >>> rank_in_class(np.array([1, 0, 1]), np.array([9, 5, 3], np.uint64)).tolist()
+        [1, 0, 0]
+    """
+    order = np.lexsort((keys, labels))
+    first = np.concatenate([[0], np.cumsum(np.bincount(labels))[:-1]])
+    rank = np.empty(len(labels), np.int64)
+    rank[order] = np.arange(len(labels)) - first[labels[order]]
+    return rank
+
+
 @dataclass(frozen=True, eq=False)
 class Split:
     """The samples of a source that tasks use: one flat array, grouped by task.
@@ -80,7 +94,7 @@ class Split:
         """Each sample goes to the task that teaches its class; samples of no task are left out."""
         largest = max([int(labels.max(initial=-1)), *(max(c) for c in classes)])
         kind = np.int16 if len(classes) < 2**15 else np.int64  # NumPy sorts 16-bit integers by radix
-        owner = np.full(largest + 1, -1, kind)
+        owner = np.full(largest + 2, -1, kind)  # the last entry is for label -1, a sample that is not in this split
         for task, own in enumerate(classes):
             owner[list(own)] = task
         return cls.by_task(source, labels, owner[labels], len(classes))
@@ -103,16 +117,13 @@ class Split:
     def hold_out(self, fraction: float, seed: int) -> tuple[Split, Split]:
         """Two disjoint splits: ``fraction`` of every class is in the second, drawn by ``seed``; one sample stays."""
         labels = self.labels[self.indices]
-        by_class = np.lexsort((words(SPLIT, seed, self.indices), labels))  # the same in every order of classes
+        rank = rank_in_class(labels, words(SPLIT, seed, self.indices))  # the same in every order of classes
         counts = np.bincount(labels)
-        first = np.concatenate([[0], np.cumsum(counts)[:-1]])
-        rank = np.empty(len(labels), np.int64)  # of a sample among those of its class, in random order
-        rank[by_class] = np.arange(len(labels)) - first[labels[by_class]]
-        wanted = np.minimum(np.round(fraction * counts), counts - 1)
-        held = rank < wanted[labels]
-        return self._only(~held), self._only(held)
+        held = rank < np.minimum(np.round(fraction * counts), counts - 1)[labels]
+        return self.only(~held), self.only(held)
 
-    def _only(self, keep: NDArray[np.bool_]) -> Split:
+    def only(self, keep: NDArray[np.bool_]) -> Split:
+        """The used samples where ``keep`` is true, in the same tasks."""
         before = np.concatenate([[0], np.cumsum(keep)])
         return Split(self.source, self.labels, self.indices[keep], before[self.offsets])
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .class_incremental import StreamData
+from .stream_data import StreamData
 from .data import TensorSource
 
 _TEST_FRACTION = 5  # every fifth sample of a class is a test sample

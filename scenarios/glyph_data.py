@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ._seeds import words
-from .class_incremental import StreamData
+from .stream_data import StreamData
 from .glyphs import SPLIT_FACES, Stencils, glyph_name, render, stream_classes
 
 _SPLITS = ("train", "validation", "test")

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ._seeds import SPLIT, words
+from .data import rank_in_class
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp", ".tif", ".tiff"})
 
@@ -115,11 +116,7 @@ def seeded_halves(images: ImageFiles, fraction: float, seed: int) -> tuple[Image
 
     Both have an image of every class that has two.
     """
-    order = np.lexsort((words(SPLIT, seed, np.arange(len(images))), images.targets))
+    rank = rank_in_class(images.targets, words(SPLIT, seed, np.arange(len(images))))
     counts = np.bincount(images.targets)
-    first = np.concatenate([[0], np.cumsum(counts)[:-1]])
-    rank = np.empty(len(images), np.int64)
-    rank[order] = np.arange(len(images)) - first[images.targets[order]]
-    wanted = np.minimum(np.maximum(np.round(fraction * counts), 1), counts - 1)
-    held = rank < wanted[images.targets]
+    held = rank < np.minimum(np.maximum(np.round(fraction * counts), 1), counts - 1)[images.targets]
     return images.only(~held), images.only(held)

@@ -47,6 +47,7 @@ def _settings(stream: TaskStream, kind: str) -> dict[str, Any]:
         "pin_memory": stream.pin_memory,
         "drop_last": stream.drop_last,
         "collate_fn": stream.collate_fn,
+        "single_pass": stream.single_pass,
     }
 
 

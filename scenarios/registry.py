@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 from cl_plugins._text import did_you_mean
 
 if TYPE_CHECKING:
-    from .class_incremental import StreamData
     from .stream import TaskStream
+    from .stream_data import StreamData
 
 
 @dataclass(frozen=True)

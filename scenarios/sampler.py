@@ -27,6 +27,7 @@ class TaskSampler(DistributedSampler[Any]):
         world_size: number of shares.
         pad: repeat samples until all shares are equally long, as training needs; without it the shares differ by one
             sample at most and no sample is in two.
+        single_pass: refuse a second epoch.
 
     Example:
         >>> list(TaskSampler(5, rank=1, world_size=2))
@@ -41,11 +42,13 @@ class TaskSampler(DistributedSampler[Any]):
         rank: int = 0,
         world_size: int = 1,
         pad: bool = False,
+        single_pass: bool = False,
     ) -> None:
         super().__init__(range(n), num_replicas=world_size, rank=rank, shuffle=seed is not None)  # type: ignore[arg-type]
         self.n = n
         self.key = seed
         self.pad = pad
+        self.single_pass = single_pass
         self.num_samples = math.ceil(n / world_size) if pad else len(range(rank, n, world_size))
         self.start = 0  # samples of this share to leave out, once, after a resume
         self._used = False
@@ -69,6 +72,10 @@ class TaskSampler(DistributedSampler[Any]):
         if self._used or finished:
             self.epoch += 1
             self.start = 0
+        if self.single_pass and self.epoch > 0:
+            raise RuntimeError(
+                "a single-pass stream must be read once, got a second epoch; train each task for one epoch"
+            )
         self._used, self._told = True, False
 
     def share(self) -> NDArray[np.int64]:

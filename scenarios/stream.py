@@ -31,6 +31,7 @@ class LoaderOptions(TypedDict, total=False):
     pin_memory: bool
     drop_last: bool
     collate_fn: Callable[[list[Any]], Any] | None
+    single_pass: bool
 
 
 class TaskStream(LightningDataModule):
@@ -57,6 +58,7 @@ class TaskStream(LightningDataModule):
         pin_memory: prepare batches in page-locked memory, for a GPU.
         drop_last: leave out the last, smaller batch of an epoch.
         collate_fn: makes a batch of a list of samples; None stacks.
+        single_pass: online learning, every training sample is given once; a second epoch is refused.
 
     Raises:
         ValueError: for tasks that share classes or have no training samples, and for faulty numbers.
@@ -71,6 +73,8 @@ class TaskStream(LightningDataModule):
     """
 
     name: str
+    task_known: bool = False
+    """Whether this stream's accuracy is that of a choice among the task's own classes."""
 
     def __init__(
         self,
@@ -92,6 +96,7 @@ class TaskStream(LightningDataModule):
         pin_memory: bool = False,
         drop_last: bool = False,
         collate_fn: Callable[[list[Any]], Any] | None = None,
+        single_pass: bool = False,
     ) -> None:
         super().__init__()
         check_tasks(tasks, shared_classes=shared_classes)
@@ -117,6 +122,7 @@ class TaskStream(LightningDataModule):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.num_workers, self.pin_memory, self.drop_last = num_workers, pin_memory, drop_last
         self.collate_fn = collate_fn
+        self.single_pass = single_pass
         # a share of a small test set may be empty when there are many processes
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self._task = 0
@@ -159,6 +165,13 @@ class TaskStream(LightningDataModule):
         return task + 1
 
     # loaders
+
+    def setup(self, stage: str) -> None:
+        """Refuse several epochs of a stream that gives every sample once, before training starts."""
+        if stage == "fit" and self.single_pass and self.trainer is not None and self.trainer.max_epochs != 1:
+            raise ValueError(
+                f"`max_epochs` must be 1 for {self.name!r}, which gives every sample once, got {self.trainer.max_epochs!r}"
+            )
 
     def _share(self) -> tuple[int, int]:
         """Rank and number of processes: the Trainer's word counts, since its strategies may shard models as well."""
@@ -211,7 +224,12 @@ class TaskStream(LightningDataModule):
         view = self._view(self.train, self.task, self.train_transform)
         rank, world_size = self._share()
         sampler = TaskSampler(
-            len(view), seed=(self.data_seed, self.task), rank=rank, world_size=world_size, pad=world_size > 1
+            len(view),
+            seed=(self.data_seed, self.task),
+            rank=rank,
+            world_size=world_size,
+            pad=world_size > 1,
+            single_pass=self.single_pass,
         )
         drop = self.drop_last and len(sampler) > self.batch_size  # a small task is not dropped whole
         return self._loader(view, sampler, self.batch_size, drop, persistent_workers=self.num_workers > 0)
@@ -251,6 +269,8 @@ class TaskStream(LightningDataModule):
             "classes": [list(t.classes) for t in self.tasks],
             "class_order": list(self.class_order),
             "seeds": dict(self.seeds),
+            "task_known": self.task_known,
+            "single_pass": self.single_pass,
             "sizes": {k: [] if s is None else s.sizes() for k, s in splits.items()},
             "classes_without_test": list(self.classes_without_test),
         }

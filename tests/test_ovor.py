@@ -99,7 +99,7 @@ def test_trainer_and_hand_written_loop_agree() -> None:
     events = {e["name"]: e for e in methods[0].report_events(modules[0])}
     assert set(events) == {f"ovor/{k}" for k in ("loss", "id_energy", "ood_energy", "id_active", "ood_active")}
     assert events["ovor/loss"]["task"] == task
-    assert events["ovor/loss"]["epoch"] == [2]
+    assert events["ovor/loss"]["x"] == [2]
     assert events["ovor/loss"]["value"] == pytest.approx([means.loss.item()], abs=1e-5)
     assert events["ovor/id_active"]["value"] == [1.0]
 
@@ -142,7 +142,7 @@ def test_features_once_makes_all_passes_in_one_epoch() -> None:
     assert {epoch for epoch, _, alone in module.steps if alone} == {2}
     assert trainer.current_epoch == 3
     losses = next(e for e in method.report_events(module) if e["name"] == "ovor/loss")
-    assert losses["epoch"] == [2, 3, 4]
+    assert losses["x"] == [2, 3, 4]
     assert len(set(losses["value"])) == 3
 
 

@@ -95,6 +95,7 @@ def test_a_stream_without_validation_data_trains(package):
     assert module.seen["val"] == []
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize("package", PACKAGES)
 @pytest.mark.parametrize("options", [{"every_n_train_steps": 1}, {"every_n_epochs": 1}])
 def test_training_goes_on_bit_for_bit_from_every_checkpoint(package, options, tmp_path):
@@ -267,6 +268,7 @@ def test_a_stream_survives_worker_processes():
         assert torch.equal(y, b)
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("package", PACKAGES)
 def test_a_command_line_config_builds_the_stream(package, tmp_path):
     cli = pytest.importorskip(f"{package}.cli")
@@ -281,6 +283,7 @@ def test_a_command_line_config_builds_the_stream(package, tmp_path):
         subclass_mode_data=True,
         run=False,
         save_config_callback=None,
+        seed_everything_default=False,
         args={"data": config, "trainer": {"logger": False, "accelerator": "cpu"}},
     )
     assert [len(t.classes) for t in built.datamodule.tasks] == [5, 5]

@@ -4,7 +4,8 @@ Symbols, per token, as in arXiv 2506.21035 (MoRA, in later versions MoRAM)::
 
     z_i = A_i . x,   s_i = z_i / max(|z|, eps),   S = the k largest s_i                    A = `keys`, B = `values`
     w_i = softmax_S(s_i / temperature) * [s_i >= threshold],   delta = scaling * sum_{i in S} w_i z_i B_i
-    h_i = B_i . g,   q_i = scaling z_i h_i [w_i > 0],   e_i = p_i / temperature (q_i - sum_S p_j q_j)      p = w unmasked
+    h_i = B_i . g,   q_i = scaling z_i h_i [w_i > 0],   e_i = p_i / temperature (q_i - sum_S p_j q_j)
+                                                                                            p: w before the mask
     dL/dz_j = scaling w_j h_j + (e_j - s_j sum_S s_i e_i) / |z|   for every j, selected or not
     dL/dA_j = dL/dz_j x,   dL/dB_j = scaling w_j z_j g,   dL/dx = sum_j dL/dz_j A_j
 
@@ -46,7 +47,8 @@ class Routing:
 
 
 def _norm(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.linalg.vector_norm(t, dim=-1, keepdim=True, dtype=dtype).clamp_min(EPS)
+    norm: Tensor = torch.linalg.vector_norm(t, dim=-1, keepdim=True, dtype=dtype)
+    return norm.clamp_min(EPS)
 
 
 def responses(x: Tensor, keys: Tensor) -> Tensor:
@@ -74,7 +76,7 @@ def route(z: Tensor, x: Tensor, keys: Tensor, routing: Routing) -> tuple[Tensor,
         routing: the rule.
 
     Returns:
-        Indices ``(tokens, groups, k)`` int64 by falling score, their scores, and their softmax weights before the threshold.
+        Indices ``(tokens, groups, k)`` int64 by falling score, their scores, their weights before the threshold.
     """
     dtype = torch.promote_types(z.dtype, torch.float32)
     score = z.to(dtype)
@@ -143,7 +145,7 @@ class _RankExperts(torch.autograd.Function):
         return combine(index, coefficient, values, bag=bag)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, z, index, weight, old_keys, new_keys, old_values, new_values = ctx.saved_tensors
         rule: Routing = ctx.routing
         keys = torch.cat([old_keys, new_keys], 1) if old_keys.shape[1] else new_keys
@@ -152,7 +154,7 @@ class _RankExperts(torch.autograd.Function):
         n_old = old_keys.shape[1]
         index = index.long()
         g = grad.view(len(x), groups, out)
-        h = torch.stack([g[:, i] @ values[i].T for i in range(groups)], 1) if groups > 1 else (grad @ values[0].T)[:, None]
+        h = torch.stack([g[:, i] @ values[i].T for i in range(groups)], 1)  # (tokens, groups, experts)
 
         dtype = weight.dtype
         divisor = _divisor(z, x, keys, rule.score_norm, dtype)
@@ -181,7 +183,8 @@ class _RankExperts(torch.autograd.Function):
             d_new_keys = (dz[..., n_old:].reshape(len(x), -1).T @ x).view_as(new_keys)
             if rule.score_norm == "cosine":
                 per_key = _spread(index, score * e, experts)[..., n_old:].sum(0)
-                d_new_keys = d_new_keys - new_keys * (per_key.unsqueeze(-1) / _norm(new_keys, dtype).square()).to(x.dtype)
+                per_key = per_key.unsqueeze(-1) / _norm(new_keys, dtype).square()
+                d_new_keys = d_new_keys - new_keys * per_key.to(x.dtype)
         if ctx.needs_input_grad[4]:
             u = _spread(index, (active * z_chosen).to(z.dtype), experts)[..., n_old:]
             d_new_values = torch.stack([u[:, i].T @ g[:, i] for i in range(groups)])
@@ -212,5 +215,5 @@ def rank_experts(
     Returns:
         ``(tokens, groups * out)``, in the dtype of ``x``, which all arguments share.
     """
-    total: Tensor = _RankExperts.apply(x, old_keys, new_keys, old_values, new_values, routing, bag)  # type: ignore[no-untyped-call]
+    total: Tensor = _RankExperts.apply(x, old_keys, new_keys, old_values, new_values, routing, bag)
     return total

@@ -184,6 +184,8 @@ class LadderSide(SideNetwork):
         2376492
     """
 
+    in_token_space = True
+
     def __init__(
         self,
         dim: int,

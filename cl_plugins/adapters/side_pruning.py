@@ -148,7 +148,7 @@ def canonical_weights(backbone: Backbone, values: Mapping[str, Tensor] | None = 
             found[name.removeprefix("fc_")] = value  # the norm behind average pooling
     chain = vit_chain(len(backbone.blocks), "norm.weight" in found)
     missing = [n for group in chain for n in group if f"{n}.weight" not in found]
-    if missing:
+    if missing and values is None:
         raise ValueError(
             f"the backbone must have plain pre-norm blocks to be pruned, got {type(backbone.model).__name__} without"
             f" {', '.join(missing[:4])}; use init='random'"

@@ -1,10 +1,27 @@
-"""Provisional, by the lead, until the metrics engineer replaces this file."""
-import torch
-def _t(m): return torch.as_tensor(m, dtype=torch.float64)
-def average_accuracy(m, **k): m=_t(m); return m[-1,:len(m)].mean()
-def average_incremental_accuracy(m, **k): m=_t(m); return torch.stack([m[i,:i+1].mean() for i in range(len(m))]).mean()
-def learning_accuracy(m, **k): m=_t(m); return m.diagonal().mean()
-def backward_transfer(m, **k): m=_t(m); return (m[-1]-m.diagonal())[:len(m)-1].mean() if m.shape[0]==m.shape[1] else (m[-1,:len(m)-1]-m.diagonal()[:len(m)-1]).mean()
-def forgetting(m, **k):
-    m=_t(m); n=len(m)
-    return torch.stack([m[j:n-1,j].max()-m[-1,j] for j in range(n-1)]).mean() if n>1 else torch.tensor(torch.nan)
+"""Metrics of continual learning as pure functions of an accuracy matrix."""
+
+from .accuracy import (
+    accuracy_curve,
+    accuracy_over_time,
+    average_accuracy,
+    average_incremental_accuracy,
+    learning_accuracy,
+    worst_task_accuracy,
+)
+from .forgetting import backward_transfer, forgetting, positive_backward_transfer, remembering
+from .transfer import forward_transfer, transfer_accuracy
+
+__all__ = [
+    "accuracy_curve",
+    "accuracy_over_time",
+    "average_accuracy",
+    "average_incremental_accuracy",
+    "backward_transfer",
+    "forgetting",
+    "forward_transfer",
+    "learning_accuracy",
+    "positive_backward_transfer",
+    "remembering",
+    "transfer_accuracy",
+    "worst_task_accuracy",
+]

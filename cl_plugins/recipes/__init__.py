@@ -97,8 +97,8 @@ def load_recipe(method: str, scenario: str | None = None) -> Recipe:
 def with_options(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
     """The recipe with some settings replaced: a field of :class:`Recipe`, or an argument of a callback.
 
-    An option such as ``lr`` is a setting; ``head_epochs`` goes to every callback of the recipe that takes it, and
-    ``OVOR.head_epochs`` to that class alone.
+    An option such as ``lr`` is a setting; ``head_epochs`` goes to every callback of the recipe that takes it,
+    ``OVOR.head_epochs`` to that class alone, and ``outliers.noise_scale`` into the mapping that is the argument ``outliers``.
 
     Raises:
         ValueError: for an option that nothing takes.
@@ -110,11 +110,14 @@ def with_options(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
         if key in settings:
             continue
         owner, _, name = key.rpartition(".")
-        takers = [c for c in callbacks if name in accepted[id(c)] and owner in ("", c["class"])]
+        holders = [c for c in callbacks if owner in accepted[id(c)]]
+        for callback in holders:
+            callback["init"][owner] = {**(callback["init"].get(owner) or {}), name: value}
+        takers = holders or [c for c in callbacks if name in accepted[id(c)] and owner in ("", c["class"])]
         if not takers:
             known = sorted(_SETTINGS | {a for arguments in accepted.values() for a in arguments})
             raise ValueError(f"`--set {key}` must name an option of {recipe.method!r}{did_you_mean(name, known)}")
-        for callback in takers:
+        for callback in takers if not holders else []:
             callback["init"][name] = value
     return replace(recipe, callbacks=tuple(callbacks), **settings)
 

@@ -1,0 +1,192 @@
+"""Hierarchical side-tuning: a pyramid beside a vision transformer, fed by its intermediate tokens.
+
+"Hierarchical Side-Tuning for Vision Transformers", Weifeng Lin, Ziheng Wu, Wentao Yang, Mingxin Huang, Jun Huang, Lianwen
+Jin, 2023, arXiv 2310.05393. Implemented: the method for classification with register tokens and trained norms, and a
+memory-lean variant of our own (:mod:`cl_plugins.adapters.hierarchical_side`). The regimes for a stream of tasks are this
+library's.
+
+Formula::
+
+    side block i   x = x + attention(x, [norm(bridge(m_i)); mean(e_i)]) + e_i;  x = x + mlp(norm(x)),  e_i = resize(bridge(S_i))
+    m_i            registers of block i as published; the class token of a frozen backbone in the lean variant
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, ClassVar, cast
+
+from torch import nn
+
+from cl_plugins.adapters.hierarchical_side import HierarchicalSide
+from cl_plugins.adapters.side_bank import Regime, Routing
+from cl_plugins.backbones import Backbone, find_backbone
+from cl_plugins.taps import SideNetwork, token_layout
+
+from ._side import SideCallback
+
+
+class LeanHierarchicalSideTuning(SideCallback):
+    """Trains a pyramid beside a frozen backbone: hierarchical side-tuning without registers and without trained norms.
+
+    A variant of this library, not the published method: no gradient passes through the backbone, its taps can be cached and
+    each task can have a pyramid of its own; expect to lose what registers and norms gain.
+
+    WHEN: as :class:`~cl_plugins.callbacks._side.SideCallback`.
+
+    Args:
+        widths: of the four levels; the published ones.
+        heads: of the four levels.
+        depths: side blocks per level, in sum the backbone's blocks; evenly when None.
+        drop_path: of the last side block, rising linearly from 0.
+        regime: "shared", "first_session", "per_task" or "per_task_dense".
+        routing: who answers in the evaluation of the per-task regimes: "prototype", "logits" or "both".
+        warm_start: begin a new task's pyramid with the weights of the one before.
+        backbone: dotted name of the transformer, for modules with several.
+        head: dotted name of the classifier, for modules where it cannot be told.
+        seed: of the initial weights.
+
+    Raises:
+        ValueError: for an unknown option; at ``setup`` for a backbone with fewer than four blocks, or a classifier
+            narrower than the last level.
+
+    Example:
+        >>> import torch
+        >>> from cl_plugins import Task
+        >>> from cl_plugins.backbones import vit_glyph
+        >>> net, method = vit_glyph(num_classes=10), LeanHierarchicalSideTuning()
+        >>> method.install(net)
+        >>> method.start_task(net, Task(0, (0, 1)))
+        >>> net(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+    """
+
+    registers: int = 0
+
+    def __init__(
+        self,
+        *,
+        widths: Sequence[int] = (32, 48, 64, 72),
+        heads: Sequence[int] = (2, 4, 8, 12),
+        depths: Sequence[int] | None = None,
+        drop_path: float = 0.0,
+        regime: Regime = "shared",
+        routing: Routing = "both",
+        warm_start: bool = False,
+        backbone: str | None = None,
+        head: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(regime, routing, warm_start=warm_start, backbone=backbone, head=head, seed=seed)
+        if not 0.0 <= drop_path < 1.0:
+            raise ValueError(f"`drop_path` must be from 0 to below 1, got {drop_path!r}")
+        self.widths, self.heads, self.depths = tuple(widths), tuple(heads), None if depths is None else tuple(depths)
+        self.drop_path = drop_path
+
+    def factory(self, backbone: Backbone, head: nn.Linear) -> Callable[[], SideNetwork]:
+        """A pyramid with one block for each of the backbone's."""
+        if self.widths[-1] > head.in_features:
+            raise ValueError(
+                f"`widths` must end with at most {head.in_features}, the classifier's input, got {self.widths!r}"
+            )
+        model = cast("Any", backbone.model)
+        stem = model.conv1 if backbone.kind == "open_clip" else model.patch_embed.proj
+        return partial(
+            HierarchicalSide,
+            backbone.embed_dim,
+            len(backbone.blocks),
+            registers=self.registers,
+            widths=self.widths,
+            heads=self.heads,
+            depths=self.depths,
+            drop_path=self.drop_path,
+            channels=int(getattr(stem, "in_channels", 3)),
+            layout=token_layout(backbone),
+        )
+
+
+class HierarchicalSideTuning(LeanHierarchicalSideTuning):
+    """Trains a pyramid, register tokens in every block and the norms of the backbone's blocks, as published.
+
+    Few parameters, but not little memory: registers and norms keep the graph of the whole backbone, more than full
+    fine-tuning on small backbones. Taps cannot be cached, and all tasks share one pyramid.
+
+    WHEN: as :class:`~cl_plugins.callbacks._side.SideCallback`.
+
+    Args:
+        registers: learned tokens per block; 1 as published.
+        widths: of the four levels; the published ones.
+        heads: of the four levels.
+        depths: side blocks per level, in sum the backbone's blocks; evenly when None.
+        drop_path: of the last side block, rising linearly from 0.
+        regime: "shared" or "first_session".
+        backbone: dotted name of the transformer, for modules with several.
+        head: dotted name of the classifier, for modules where it cannot be told.
+        seed: of the initial weights.
+
+    Raises:
+        ValueError: for an unknown option; at ``setup`` for a backbone with fewer than four blocks, or a classifier
+            narrower than the last level.
+    """
+
+    regimes: ClassVar[tuple[str, ...]] = ("shared", "first_session")
+
+    def __init__(
+        self,
+        *,
+        registers: int = 1,
+        widths: Sequence[int] = (32, 48, 64, 72),
+        heads: Sequence[int] = (2, 4, 8, 12),
+        depths: Sequence[int] | None = None,
+        drop_path: float = 0.0,
+        regime: Regime = "shared",
+        backbone: str | None = None,
+        head: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            widths=widths,
+            heads=heads,
+            depths=depths,
+            drop_path=drop_path,
+            regime=regime,
+            backbone=backbone,
+            head=head,
+            seed=seed,
+        )
+        if registers < 1:
+            raise ValueError(
+                f"`registers` must be 1 or more, got {registers!r}; LeanHierarchicalSideTuning does without them"
+            )
+        self.registers = registers
+
+    def _norms(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        return {
+            f"block {i} {name}": parameter
+            for i, block in enumerate(find_backbone(module, self.backbone).blocks)
+            for name, parameter in block.named_parameters()
+            if name.split(".")[0] in ("norm1", "norm2", "ln_1", "ln_2")
+        }
+
+    def install(self, module: nn.Module) -> None:
+        """Attach, freeze, and let the norms of the blocks train."""
+        super().install(module)
+        self._set_norms(module)
+
+    def start_task(self, module: nn.Module, task: Any) -> None:
+        """Prepare the task; after the first session the norms are frozen with the pyramid."""
+        super().start_task(module, task)
+        self._set_norms(module)
+
+    def _set_norms(self, module: nn.Module) -> None:
+        trains = self.regime == "shared" or int(self.bank(module).started) <= 1
+        for parameter in self._norms(module).values():
+            parameter.requires_grad_(trains)
+            if not trains:
+                parameter.grad = None
+
+    def own_parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        """The pyramid's and the registers' parameters, the blocks' norms, the classifier."""
+        norms = {n: p for n, p in self._norms(module).items() if p.requires_grad}
+        return {**norms, **super().own_parameters(module)}

@@ -1,0 +1,114 @@
+"""Side-Tuning: a small convolutional network beside the frozen backbone, blended into its feature.
+
+"Side-Tuning: A Baseline for Network Adaptation via Additive Side Networks", Jeffrey O. Zhang, Alexander Sax, Amir Zamir,
+Leonidas Guibas, Jitendra Malik, ECCV 2020, arXiv 1912.13503. Implemented: one side network per task on a frozen base, the
+learned blend, distillation before training, the dense variant (:mod:`cl_plugins.adapters.alpha_side`). The published
+evaluation knows the task; the routing between tasks is this library's.
+
+Formula::
+
+    feature = alpha B(x) + (1 - alpha) S_t(x),   alpha = sigmoid(a_t)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, cast, get_args
+
+import torch
+from torch import nn
+
+from cl_plugins.adapters.alpha_side import AlphaSide, Merge
+from cl_plugins.adapters.side_bank import Regime, Routing, check_choice
+from cl_plugins.backbones import Backbone
+from cl_plugins.evaluation import evaluating, split_batch, to_device
+from cl_plugins.features import feature
+from cl_plugins.plugin import module_device
+from cl_plugins.taps import SideNetwork
+
+from ._side import SideCallback
+
+
+class SideTuning(SideCallback):
+    """Trains a small network per task beside the frozen backbone and blends it into the feature.
+
+    WHEN: as :class:`~cl_plugins.callbacks._side.SideCallback`; before a new side network trains it is distilled from the
+    backbone on the task's data.
+
+    Args:
+        width: channels of the side network's first layer; they double up to four times it.
+        merge: "alpha" as published, "sum", "product" or "mlp".
+        distill_epochs: passes over the task's data in which a new side network learns the backbone's feature; 0 for none.
+        distill_lr: of the Adam that does so.
+        regime: "per_task" as published; or "per_task_dense", "shared", "first_session".
+        routing: who answers in the evaluation of the per-task regimes: "prototype", "logits" or "both".
+        warm_start: begin a new task's side network with the weights of the one before, instead of distilling it.
+        backbone: dotted name of the transformer, for modules with several.
+        head: dotted name of the classifier, for modules where it cannot be told.
+        seed: of the initial weights.
+
+    Raises:
+        ValueError: for an unknown option.
+
+    Example:
+        >>> from cl_plugins import Task
+        >>> from cl_plugins.backbones import vit_glyph
+        >>> net, method = vit_glyph(num_classes=10), SideTuning(width=8)
+        >>> method.install(net)
+        >>> method.start_task(net, Task(0, (0, 1)))
+        >>> net(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        width: int = 32,
+        merge: Merge = "alpha",
+        *,
+        distill_epochs: int = 1,
+        distill_lr: float = 1e-3,
+        regime: Regime = "per_task",
+        routing: Routing = "both",
+        warm_start: bool = False,
+        backbone: str | None = None,
+        head: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(regime, routing, warm_start=warm_start, backbone=backbone, head=head, seed=seed)
+        check_choice("merge", merge, get_args(Merge))
+        if distill_epochs < 0:
+            raise ValueError(f"`distill_epochs` must be 0 or more, got {distill_epochs!r}")
+        if not distill_lr > 0:
+            raise ValueError(f"`distill_lr` must be above 0, got {distill_lr!r}")
+        self.width, self.merge, self.distill_epochs, self.distill_lr = width, merge, distill_epochs, distill_lr
+
+    def factory(self, backbone: Backbone, head: nn.Linear) -> Callable[[], SideNetwork]:
+        """A convolutional network with the width of the backbone's feature."""
+        model = cast("Any", backbone.model)
+        stem = model.conv1 if backbone.kind == "open_clip" else model.patch_embed.proj
+        return partial(AlphaSide, head.in_features, self.width, self.merge, int(getattr(stem, "in_channels", 3)))
+
+    def initialize(self, module: nn.Module, loader: Iterable[Any]) -> None:
+        """Let the new side network learn the backbone's feature; for hand-written loops.
+
+        Args:
+            module: where :meth:`start_task` was called.
+            loader: the task's training data; read once per epoch of the distillation.
+        """
+        bank, head, device = self.bank(module), self.find(module), module_device(module)
+        side = cast(AlphaSide, bank.active)
+        optimizer = torch.optim.Adam(side.network.parameters(), lr=self.distill_lr)
+        bank.bypass = True
+        try:
+            for _ in range(self.distill_epochs):
+                for batch in loader:
+                    with evaluating(module):
+                        base = feature(module, head, split_batch(to_device(batch, device))[0])
+                        record = bank.taps.take()
+                    optimizer.zero_grad(set_to_none=True)
+                    side.distillation_loss(record, base).backward()  # type: ignore[no-untyped-call]
+                    optimizer.step()
+        finally:
+            bank.bypass = False
+            optimizer.zero_grad(set_to_none=True)

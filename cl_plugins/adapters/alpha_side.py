@@ -1,0 +1,128 @@
+"""Side-Tuning: a small network beside the frozen one, blended into its feature.
+
+"Side-Tuning: A Baseline for Network Adaptation via Additive Side Networks", Jeffrey O. Zhang, Alexander Sax, Amir Zamir,
+Leonidas Guibas, Jitendra Malik, ECCV 2020, arXiv 1912.13503. Implemented: the blend with a learned scalar, sum, product and
+MLP merges, initialization by distillation, the dense variant for task streams (in :mod:`cl_plugins.adapters.side_bank`).
+Not implemented: the FiLM merge, lateral connections.
+
+Formula, for the backbone's feature ``B`` and the side network's ``S``::
+
+    R(x) = alpha B(x) + (1 - alpha) S(x),   alpha = sigmoid(a),  a = 0 at first
+    distillation before training: mean (S(x) - B(x))^2
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cl_plugins._text import did_you_mean
+from cl_plugins.taps import SideNetwork, TapRecord
+
+Merge = Literal["alpha", "sum", "product", "mlp"]
+
+
+class ConvSide(nn.Module):
+    """Four strided convolutions, mean over the image, a linear layer: the side network.
+
+    Group norm stands in for batch norm, whose statistics would drift over a stream of tasks.
+
+    Args:
+        features: width of the output.
+        width: channels of the first layer; they double up to four times it.
+        channels: of the image.
+
+    Example:
+        >>> ConvSide(16, width=8)(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 16])
+    """
+
+    def __init__(self, features: int, width: int = 32, channels: int = 3) -> None:
+        super().__init__()
+        sizes = [channels, width, 2 * width, 4 * width, 4 * width]
+        layers: list[nn.Module] = []
+        for n_in, n_out in zip(sizes[:-1], sizes[1:], strict=True):
+            layers += [nn.Conv2d(n_in, n_out, 3, stride=2, padding=1, bias=False), nn.GroupNorm(1, n_out), nn.ReLU()]
+        self.layers = nn.Sequential(*layers)
+        self.out = nn.Linear(sizes[-1], features)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """``(batch, features)`` for ``(batch, channels, height, width)``."""
+        feature: Tensor = self.out(self.layers(image).mean((2, 3)))
+        return feature
+
+
+class AlphaSide(SideNetwork):
+    """A small network on the image, blended into the backbone's feature.
+
+    Args:
+        features: width of the backbone's feature.
+        width: of the side network's first layer.
+        merge: "alpha" as published; "sum", "product" and "mlp" (of both features, concatenated) are its ablations.
+        channels: of the image.
+
+    Raises:
+        ValueError: for an unknown merge.
+
+    Example:
+        >>> side = AlphaSide(16, width=8)
+        >>> record, base = TapRecord(image=torch.zeros(2, 3, 32, 32)), torch.ones(2, 16)
+        >>> side.alpha.item(), side(record, base).shape
+        (0.5, torch.Size([2, 16]))
+    """
+
+    needs_image = True
+    needs_base = True
+
+    def __init__(self, features: int, width: int = 32, merge: Merge = "alpha", channels: int = 3) -> None:
+        super().__init__()
+        if merge not in get_args(Merge):
+            known = get_args(Merge)
+            raise ValueError(f"`merge` must be one of {', '.join(known)}, got {merge!r}{did_you_mean(merge, known)}")
+        if width < 1:
+            raise ValueError(f"`width` must be 1 or more, got {width!r}")
+        self.merge = merge
+        self.network = ConvSide(features, width, channels)
+        self.blend = nn.Parameter(torch.zeros(())) if merge == "alpha" else None
+        self.mlp = (
+            nn.Sequential(nn.Linear(2 * features, features), nn.ReLU(), nn.Linear(features, features))
+            if merge == "mlp"
+            else None
+        )
+
+    @property
+    def alpha(self) -> Tensor:
+        """Weight of the backbone's feature.
+
+        Raises:
+            RuntimeError: for another merge than "alpha".
+        """
+        if self.blend is None:
+            raise RuntimeError(f"`alpha` belongs to merge='alpha', got merge={self.merge!r}")
+        return self.blend.sigmoid()
+
+    def undecayed(self) -> list[nn.Parameter]:
+        """The blend."""
+        return [] if self.blend is None else [self.blend]
+
+    def distillation_loss(self, record: TapRecord, base: Tensor) -> Tensor:
+        """How far the side network is from the backbone."""
+        assert record.image is not None
+        return F.mse_loss(self.network(record.image), base)
+
+    def forward(self, record: TapRecord, base: Tensor) -> Tensor:
+        """The feature ``(batch, features)``."""
+        assert record.image is not None
+        own: Tensor = self.network(record.image)
+        if self.merge == "alpha":
+            return own + self.alpha * (base - own)
+        if self.merge == "sum":
+            return base + own
+        if self.merge == "product":
+            return base * own
+        assert self.mlp is not None
+        merged: Tensor = self.mlp(torch.cat([base, own], 1))
+        return merged

@@ -1,0 +1,297 @@
+"""The side networks of a stream of tasks, and which of them answers.
+
+    shared          one side network, trained on through the stream
+    first_session   trained on the first task, then frozen
+    per_task        one for each task, earlier ones frozen: nothing is forgotten once the task is known
+    per_task_dense  the newest also reads the backbone's feature f_b and the earlier ones, detached:
+                    f_t = w_0 f_b + w_1 s_1 + ... + w_t s_t,   w = softmax(mix_t), mix_t = 0 at first
+
+In training the newest side network's feature enters the classifier. In the evaluation of the per-task regimes every task's
+rows of the classifier are applied to its own side network's feature, and ``routing`` puts them together:
+
+    prototype   the task with the largest p(t | f_b) answers alone (cl_plugins.side_routing)
+    logits      all side networks answer; a task's logits are divided by its temperature
+    both        mean of two posteriors: softmax(logits), and p(t | f_b) softmax(logits within t)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cl_plugins._text import did_you_mean
+from cl_plugins.heads import HIDDEN_LOGIT
+from cl_plugins.side_routing import TaskRouter
+from cl_plugins.taps import BackboneTaps, SideNetwork, TapRecord, project
+
+Regime = Literal["shared", "first_session", "per_task", "per_task_dense"]
+Routing = Literal["prototype", "logits", "both"]
+
+
+def check_choice(name: str, value: str, known: Sequence[str]) -> None:
+    """Raise a ValueError unless ``value`` is one of ``known``."""
+    if value not in known:
+        raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {value!r}{did_you_mean(value, known)}")
+
+
+class SideBank(nn.Module):
+    """Holds side networks and puts their feature in front of the classifier.
+
+    WHEN: a forward pre-hook on the classifier replaces its input; in per-task evaluation a forward hook replaces its logits.
+    Loading a state dict restores the number of side networks.
+
+    Args:
+        head: the classifier.
+        taps: of the backbone.
+        build: makes a side network; called again for each task in the per-task regimes.
+        regime: see the module's docstring.
+        routing: see the module's docstring.
+        router: says the task of a sample.
+
+    Raises:
+        ValueError: for an unknown regime or routing.
+    """
+
+    def __init__(
+        self,
+        head: nn.Linear,
+        taps: BackboneTaps,
+        build: Callable[[], SideNetwork],
+        regime: Regime = "shared",
+        routing: Routing = "both",
+        router: TaskRouter | None = None,
+    ) -> None:
+        super().__init__()
+        check_choice("regime", regime, get_args(Regime))
+        check_choice("routing", routing, get_args(Routing))
+        self.regime, self.routing = regime, routing
+        self.bypass = False
+        self.known_task: int | None = None
+        self.sides = nn.ModuleList()
+        self.mix = nn.ParameterList()
+        self.router = (router or TaskRouter(head.out_features, head.in_features)) if self.per_task else None
+        self.owner: Tensor
+        self.temperature: Tensor
+        self.started: Tensor
+        self.register_buffer("owner", torch.full((head.out_features,), -1, dtype=torch.int64))
+        self.register_buffer("temperature", torch.ones(head.out_features))
+        self.register_buffer("started", torch.zeros((), dtype=torch.int64))
+        self.to(head.weight.device)
+        self._links = (taps, head)  # in a tuple, so that their weights are not saved twice
+        self._build = build
+        self._logits: Tensor | None = None
+        head.register_forward_pre_hook(self._enter)
+        head.register_forward_hook(self._leave, prepend=True)  # masks come after it
+        self.register_load_state_dict_pre_hook(_match_number)
+        self.register_load_state_dict_post_hook(_freeze_earlier)
+
+    @property
+    def per_task(self) -> bool:
+        """Whether each task has a side network of its own."""
+        return self.regime in ("per_task", "per_task_dense")
+
+    @property
+    def taps(self) -> BackboneTaps:
+        """The taps that the side networks read."""
+        return self._links[0]
+
+    @property
+    def active(self) -> SideNetwork:
+        """The newest side network.
+
+        Raises:
+            RuntimeError: before :meth:`start`.
+        """
+        if not len(self.sides):
+            raise RuntimeError("there is no side network yet; call `start_task` first, or train with fit_stream")
+        return self.side(len(self.sides) - 1)
+
+    def side(self, index: int) -> SideNetwork:
+        """A side network by the number of its task."""
+        side = self.sides[index]
+        assert isinstance(side, SideNetwork)
+        return side
+
+    def add(self) -> SideNetwork:
+        """Append a side network, and say what it reads."""
+        weight = self._links[1].weight
+        side = self._build().to(weight.device, weight.dtype)
+        self.taps.want(side.tap_indices, image=side.needs_image)
+        self.taps.needs_final = self.per_task or side.needs_base
+        self.taps.registers = list(getattr(side, "registers", ()))
+        self.taps.frozen = not self.taps.registers  # registers must receive gradients through the backbone
+        self.sides.append(side)
+        if self.regime == "per_task_dense":
+            self.mix.append(nn.Parameter(torch.zeros(len(self.sides) + 1, device=weight.device, dtype=weight.dtype)))
+        return side
+
+    def start(self, index: int, classes: Sequence[int]) -> bool:
+        """Begin task ``index`` with ``classes``; a repeated call changes nothing.
+
+        Returns:
+            Whether a side network was added.
+
+        Raises:
+            ValueError: when a per-task regime is given a class of an earlier task.
+        """
+        if index < int(self.started):
+            self.freeze_earlier()
+            return False
+        columns = torch.as_tensor(list(classes), device=self.owner.device)
+        taken = columns[self.owner[columns] >= 0].tolist()
+        if taken and self.per_task:
+            raise ValueError(
+                f"`regime='{self.regime}'` must have tasks with classes of their own, got classes {taken[:8]!r} twice;"
+                " use regime='shared'"
+            )
+        self.started.fill_(index + 1)
+        grows = self.per_task or not len(self.sides)
+        if grows:
+            self.add()
+        self.owner[columns] = len(self.sides) - 1
+        self.freeze_earlier()
+        return grows
+
+    def freeze_earlier(self) -> None:
+        """Let the newest side network train, and nothing else here; which one follows from the structure."""
+        done = self.regime == "first_session" and int(self.started) > 1
+        for part in (self.sides, self.mix):
+            for index, item in enumerate(part):
+                trains = index == len(part) - 1 and not done
+                for parameter in item.parameters() if isinstance(item, nn.Module) else [item]:
+                    parameter.requires_grad_(trains)
+                    if not trains:
+                        parameter.grad = None  # a stale gradient would still be applied by an optimizer
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> SideBank:
+        """Frozen side networks stay in eval mode; batch statistics of a shared one stay those of its first task."""
+        super().train(mode)
+        for side in self.sides:
+            if not any(p.requires_grad for p in side.parameters()):
+                side.eval()
+            elif self.regime == "shared" and int(self.started) > 1:
+                for module in side.modules():
+                    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                        module.eval()
+        return self
+
+    def features(self, record: TapRecord, base: Tensor, upto: int) -> list[Tensor]:
+        """Features of the side networks 0 to ``upto`` ``(batch, features)``, mixed in the dense regime."""
+        width = self._links[1].in_features
+        own: list[Tensor] = []
+        for index in range(upto + 1):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and index == len(self.sides) - 1):
+                feature = self.side(index)(record, base)
+            own.append(project(self.taps.backbone, feature, width, tokens=self.side(index).in_token_space))
+        if self.regime != "per_task_dense":
+            return own
+        mixed = []
+        for index in range(upto + 1):
+            parts = torch.stack([base, *(f.detach() for f in own[:index]), own[index]])
+            mixed.append(torch.einsum("s,sbf->bf", self.mix[index].softmax(0), parts))
+        return mixed
+
+    def _feature(self, record: TapRecord, base: Tensor, index: int) -> Tensor:
+        if self.regime == "per_task_dense":
+            return self.features(record, base, index)[-1]
+        side = self.side(index)
+        feature = side(record, base)
+        return project(self.taps.backbone, feature, self._links[1].in_features, tokens=side.in_token_space)
+
+    def _enter(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        self._logits = None
+        if self.bypass or not len(self.sides):
+            return None
+        base, record = args[0], self.taps.take()
+        newest = len(self.sides) - 1
+        if not self.training and self.per_task:
+            if self.known_task is None and newest:
+                feature, self._logits = self._answer(record, base)
+                return (feature, *args[1:])
+            newest = newest if self.known_task is None else self.known_task
+        return (self._feature(record, base, newest), *args[1:])
+
+    def _leave(self, head: nn.Module, args: tuple[Any, ...], logits: Tensor) -> Tensor | None:
+        answer, self._logits = self._logits, None
+        return None if answer is None else answer.to(logits.dtype)
+
+    def _rows(self, feature: Tensor, task: int) -> tuple[Tensor, Tensor]:
+        """Columns of a task, and its calibrated logits ``(batch, columns)``."""
+        head = self._links[1]
+        columns = (self.owner == task).nonzero()[:, 0]
+        bias = None if head.bias is None else head.bias[columns]
+        return columns, F.linear(feature.to(head.weight.dtype), head.weight[columns], bias) / self.temperature[columns]
+
+    def _answer(self, record: TapRecord, base: Tensor) -> tuple[Tensor, Tensor]:
+        """The newest side network's feature, and logits of all tasks."""
+        n = len(self.sides)
+        assert self.router is not None
+        log_p = None if self.routing == "logits" else self.router.log_probabilities(base, self.owner, n)
+        if self.routing == "prototype":
+            assert log_p is not None
+            return self._answer_by_one(record, base, log_p.argmax(1))
+        features = self.features(record, base, n - 1)
+        logits = base.new_full((len(base), len(self.owner)), HIDDEN_LOGIT)
+        for task in range(n):
+            columns, rows = self._rows(features[task], task)
+            logits[:, columns] = rows.to(logits.dtype)
+        if log_p is None:
+            return features[-1], logits
+        joint = logits.log_softmax(1)
+        routed = torch.full_like(logits, HIDDEN_LOGIT)
+        for task in range(n):
+            columns = (self.owner == task).nonzero()[:, 0]
+            routed[:, columns] = log_p[:, task, None].to(logits.dtype) + logits[:, columns].log_softmax(1)
+        return features[-1], torch.logaddexp(joint, routed).clamp_min(HIDDEN_LOGIT)
+
+    def _answer_by_one(self, record: TapRecord, base: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Each sample runs through its own task's side network alone."""
+        feature = base.new_zeros(len(base), self._links[1].in_features)
+        logits = base.new_full((len(base), len(self.owner)), HIDDEN_LOGIT)
+        for task in range(len(self.sides)):
+            rows = (chosen == task).nonzero()[:, 0]
+            if len(rows):
+                image = None if record.image is None else record.image[rows]
+                part = TapRecord({i: tap[rows] for i, tap in record.taps.items()}, image)
+                own = self._feature(part, base[rows], task)
+                columns, values = self._rows(own, task)
+                feature[rows] = own.to(feature.dtype)
+                logits[rows[:, None], columns] = values.to(logits.dtype)
+        return feature, logits
+
+    @torch.no_grad()
+    def calibrate(self, logits: Tensor, labels: Tensor) -> None:
+        """Fit the newest task's temperature: the one with the least cross-entropy on samples of it.
+
+        Args:
+            logits: of the classifier with the newest side network ``(samples, classes)``, not calibrated.
+            labels: ``(samples,)``.
+        """
+        columns = (self.owner == len(self.sides) - 1).nonzero()[:, 0]
+        targets = (labels[:, None] == columns).int().argmax(1)
+        grid = torch.logspace(-1, 1, 41, device=logits.device)
+        losses = torch.stack([F.cross_entropy(logits[:, columns].float() / t, targets) for t in grid])
+        self.temperature[columns] = grid[losses.argmin()].to(self.temperature.dtype)
+
+
+def _match_number(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Bring the side networks to the number that a state dict holds."""
+    assert isinstance(module, SideBank)
+    numbers = {int(k[len(prefix) :].split(".")[1]) for k in state if k.startswith(f"{prefix}sides.")}
+    while len(module.sides) > len(numbers):
+        del module.sides[-1]
+        if len(module.mix):
+            del module.mix[-1]
+    with torch.random.fork_rng():  # what is drawn here is overwritten
+        while len(module.sides) < len(numbers):
+            module.add()
+
+
+def _freeze_earlier(module: nn.Module, _: Any) -> None:
+    assert isinstance(module, SideBank)
+    module.freeze_earlier()
