@@ -1,4 +1,4 @@
-"""Quality of the methods on the bundled streams: mean and 95 % t interval over seeds, from ``cl-bench run``'s own recipes.
+"""Quality of the methods on the bundled streams, by the recipes of ``cl-bench run``: mean and 95 % t interval over seeds.
 
 Seed r draws the initialization, the order of the samples and the order of the classes; every method sees the same ones.
 Finished runs are kept and not repeated.
@@ -26,7 +26,8 @@ def run(method: str, scenario: str, seed: int, out: Path, threads: int) -> str:
     torch.set_num_threads(threads)
     folder = out / f"{scenario}_{method}_{seed}"
     result = run_benchmark(method, scenario, seed=seed, order_seed=seed, device="cpu", out=folder, progress=False)
-    return f"{scenario:<18}{method:<20}seed {seed}  accuracy {result.average_accuracy:.4f}  forgetting {result.forgetting:.4f}"
+    numbers = f"accuracy {result.average_accuracy:.4f}  forgetting {result.forgetting:.4f}"
+    return f"{scenario:<18}{method:<20}seed {seed}  {numbers}"
 
 
 def main() -> int:

@@ -1,6 +1,7 @@
 """What the callbacks cost per step: OVOR with ForgettingTracker against the same adapter without any callback.
 
-Both train the same module with the same prompts in turns, in one process; CPU time of whole ``fit`` calls, median of rounds.
+Both train the same module with the same prompts in turns, in one process; CPU time of whole ``fit`` calls, median of
+rounds.
 
     python benchmarks/step_overhead.py
 """
@@ -63,8 +64,14 @@ def main() -> None:
             without = fit_seconds(False, backbone, size, batch, steps)
             ratios.append(fit_seconds(True, backbone, size, batch, steps) / without)
             base.append(without)
-        row = {"backbone": backbone, "batch": batch, "ms_per_step": 1e3 * statistics.median(base),
-               "ratio_median": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}  # fmt: skip
+        row = {
+            "backbone": backbone,
+            "batch": batch,
+            "ms_per_step": 1e3 * statistics.median(base),
+            "ratio_median": statistics.median(ratios),
+            "ratio_min": min(ratios),
+            "ratio_max": max(ratios),
+        }
         rows.append(row)
         print(f"{backbone:<22} batch {batch:<3} {row['ms_per_step']:8.1f} ms  with callbacks x{row['ratio_median']:.3f}"
               f"  ({row['ratio_min']:.3f} to {row['ratio_max']:.3f})")  # fmt: skip

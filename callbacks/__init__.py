@@ -5,18 +5,33 @@ if __name__ == "callbacks":
 
 from .balanced_ema import BalancedEMA
 from .baselines import FrozenBackbone, MaskedHead
+from .cache_features import CacheFeatures
 from .closed_form import NearestMean, RanPAC
+from .hierarchical_side_tuning import HierarchicalSideTuning, LeanHierarchicalSideTuning
+from .ladder_side_tuning import LadderSideTuning
+from .lora import LoRA
+from .mora import MoRA
 from .one_prompt import OnePrompt
 from .ovor import OVOR
+from .sherl import Sherl
+from .side_tuning import SideTuning
 from .tracker import ForgettingTracker
 
 __all__ = [
     "OVOR",
     "BalancedEMA",
+    "CacheFeatures",
     "ForgettingTracker",
     "FrozenBackbone",
+    "HierarchicalSideTuning",
+    "LadderSideTuning",
+    "LeanHierarchicalSideTuning",
+    "LoRA",
     "MaskedHead",
+    "MoRA",
     "NearestMean",
     "OnePrompt",
     "RanPAC",
+    "Sherl",
+    "SideTuning",
 ]

@@ -1,13 +1,13 @@
 """Closed-form classifiers as callbacks: nearest class mean and random-projection ridge regression.
 
-Nearest class mean: "Revisiting Class-Incremental Learning with Pre-Trained Models: Generalizability and Adaptivity are All
-You Need" (SimpleCIL), Zhou, Cai, Ye, Zhan, Liu, 2023, arXiv 2303.07338.
-RanPAC: "RanPAC: Random Projections and Pre-trained Models for Continual Learning", McDonnell, Gong, Parvaneh, Abbasnejad,
-van den Hengel, 2023, arXiv 2307.02251. Implemented: the projected ridge classifier with its choice of the penalty; its first
-session adaptation is the composition with an adapter callback.
+Nearest class mean: "Revisiting Class-Incremental Learning with Pre-Trained Models: Generalizability and Adaptivity are
+All You Need" (SimpleCIL), Zhou, Cai, Ye, Zhan, Liu, 2023, arXiv 2303.07338.
+RanPAC: "RanPAC: Random Projections and Pre-trained Models for Continual Learning", McDonnell, Gong, Parvaneh,
+Abbasnejad, van den Hengel, 2023, arXiv 2307.02251. Implemented: the projected ridge classifier with its choice of the
+penalty. Not implemented: its first session adaptation; compose with an adapter callback instead.
 
     [NearestMean()]            alone: nothing is trained, one pass over each task
-    [OVOR(), NearestMean()]    behind an adapter: the adapter trains as usual, the classifier is computed from its features
+    [OVOR(), NearestMean()]    behind an adapter: it trains as usual, the classifier is computed from its features
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from torch import nn
 from cl_plugins.attach import plugin_modules
 from cl_plugins.backbones import find_backbone
 from cl_plugins.closed_form import ClosedFormHead, NearestMeanHead, RidgeHead
-from cl_plugins.features import collect_features
+from cl_plugins.features import DepthTap, collect_features
+from cl_plugins.head_phase import gather_rows
 from cl_plugins.heads import find_head
 from cl_plugins.plugin import ContinualCallback, module_device, plugins_of
 from cl_plugins.task import Stream, Task
@@ -40,25 +41,43 @@ class NearestMean(ContinualCallback):
     eval mode. In training mode the module keeps its own logits.
 
     Args:
+        depth: how many blocks before the last also give their class token, as further features; 0 for the
+            classifier's own input alone, as published.
         backbone: dotted name of the transformer, for modules with several.
         head: dotted name of the classifier, for modules where it cannot be told.
 
     Raises:
-        ValueError: at ``setup`` when no backbone or classifier is found.
+        ValueError: for a negative depth; at ``setup`` when no backbone or classifier is found, or the depth is too
+            large.
     """
 
     training: ClassVar[Literal["required", "none", "neutral"]] = "none"
     plugin: ClassVar[str] = "nearest_mean"
 
-    def __init__(self, backbone: str | None = None, head: str | None = None) -> None:
+    def __init__(self, depth: int = 0, backbone: str | None = None, head: str | None = None) -> None:
         super().__init__()
+        if depth < 0:
+            raise ValueError(f"`depth` must be 0 or more, got {depth!r}")
+        self.depth = depth
         self.backbone = backbone
         self.head = head
         self._stream: Stream | None = None
 
-    def build(self, head: nn.Linear) -> ClosedFormHead:
+    def build(self, head: nn.Linear, tap: DepthTap | None) -> ClosedFormHead:
         """The classifier to compute."""
-        return NearestMeanHead(head)
+        return NearestMeanHead(head, tap)
+
+    def tap(self, module: nn.Module) -> DepthTap | None:
+        """Hooks on the blocks before the last that give further features; None for a depth of 0."""
+        if self.depth == 0:
+            return None
+        found = find_backbone(module, self.backbone)
+        if self.depth >= len(found.blocks) or found.kind != "timm":
+            raise ValueError(
+                f"`depth` must be below {len(found.blocks)}, the number of blocks, on a timm backbone,"
+                f" got {self.depth!r} on {found.kind}"
+            )
+        return DepthTap(found.blocks[-1 - self.depth : -1], found.embed_dim)
 
     def find(self, module: nn.Module) -> nn.Linear:
         """The classifier whose logits are replaced."""
@@ -68,7 +87,7 @@ class NearestMean(ContinualCallback):
         """Hook the computed classifier to the module's own."""
         plugins = plugin_modules(module)
         if self.plugin not in plugins:
-            plugins[self.plugin] = self.build(self.find(module)).train(module.training)
+            plugins[self.plugin] = self.build(self.find(module), self.tap(module)).train(module.training)
 
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
         """Install; freeze the backbone when no other callback trains."""
@@ -86,8 +105,8 @@ class NearestMean(ContinualCallback):
         closed = cast(ClosedFormHead, plugin_modules(module)[self.plugin])
         device = module_device(module)
         closed.to(device)
-        features, labels = collect_features(module, self.find(module), loader, device)
-        features, labels = _gather(features), _gather(labels)
+        features, labels = collect_features(module, self.find(module), loader, device, closed.extend)
+        features, labels = gather_rows(features), gather_rows(labels)
         largest = int(labels.max())
         if largest >= len(closed.count):
             raise ValueError(f"labels must be rows of the head, 0 to {len(closed.count) - 1}, got {largest}")
@@ -99,7 +118,9 @@ class NearestMean(ContinualCallback):
         """Compute the classifier from this task's data and the sums of earlier ones."""
         super().on_task_end(trainer, pl_module, task)
         if self._stream is None:
-            raise RuntimeError(f"`{type(self).__name__}` must know the stream: use fit_stream, or fit_head(module, loader)")
+            raise RuntimeError(
+                f"`{type(self).__name__}` must know the stream: use fit_stream, or fit_head(module, loader)"
+            )
         pl_module.to(trainer.strategy.root_device)
         self.fit_head(pl_module, self._stream.train_loader_for_features(task.index))
 
@@ -114,10 +135,12 @@ class RanPAC(NearestMean):
     WHEN: as :class:`NearestMean`.
 
     Args:
-        projection: width of the random projection; the paper uses 10,000 on features of width 768, the default of 2,000 is
+        projection: width of the random projection; the paper uses 10,000 on features of width 768, the default of
+            2,000 is
             for small backbones. 0 projects nothing.
         ridge: the penalty; None chooses among 1e-8 ... 1e8 on a fifth of each task's samples, as the paper does.
         seed: of the projection.
+        depth: how many blocks before the last also give their class token; 0 as published.
         backbone: dotted name of the transformer, for modules with several.
         head: dotted name of the classifier, for modules where it cannot be told.
 
@@ -132,10 +155,11 @@ class RanPAC(NearestMean):
         projection: int = 2000,
         ridge: float | None = None,
         seed: int = 0,
+        depth: int = 0,
         backbone: str | None = None,
         head: str | None = None,
     ) -> None:
-        super().__init__(backbone, head)
+        super().__init__(depth, backbone, head)
         if projection < 0:
             raise ValueError(f"`projection` must be 0 or more, got {projection!r}")
         if ridge is not None and not ridge > 0:
@@ -146,20 +170,6 @@ class RanPAC(NearestMean):
         self.ridge = ridge
         self.seed = seed
 
-    def build(self, head: nn.Linear) -> ClosedFormHead:
+    def build(self, head: nn.Linear, tap: DepthTap | None) -> ClosedFormHead:
         """The classifier to compute."""
-        return RidgeHead(head, self.projection, self.ridge, self.seed)
-
-
-def _gather(tensor: torch.Tensor) -> torch.Tensor:
-    """Rows of all processes, in order of rank; shards may differ in length."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return tensor
-    world = torch.distributed.get_world_size()
-    sizes = [torch.zeros(1, dtype=torch.int64, device=tensor.device) for _ in range(world)]
-    torch.distributed.all_gather(sizes, torch.tensor([len(tensor)], device=tensor.device))
-    longest = max(int(s) for s in sizes)
-    padded = torch.cat([tensor, tensor.new_zeros(longest - len(tensor), *tensor.shape[1:])])
-    parts = [torch.empty_like(padded) for _ in range(world)]
-    torch.distributed.all_gather(parts, padded)
-    return torch.cat([p[: int(s)] for p, s in zip(parts, sizes, strict=True)])
+        return RidgeHead(head, self.projection, self.ridge, self.seed, tap)

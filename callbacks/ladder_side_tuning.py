@@ -25,6 +25,7 @@ from cl_plugins.adapters.ladder import Drop, Gate, LadderSide, check_layers, kep
 from cl_plugins.adapters.side_bank import Regime, Routing, check_choice
 from cl_plugins.adapters.side_pruning import fisher_importance, initialize_ladder
 from cl_plugins.backbones import Backbone, find_backbone
+from cl_plugins.cached_stream import uncached
 from cl_plugins.evaluation import default_predict, evaluating, split_batch, to_device
 from cl_plugins.plugin import module_device
 from cl_plugins.taps import SideNetwork, token_layout
@@ -70,7 +71,7 @@ class LadderSideTuning(SideCallback):
         >>> method.start_task(net, Task(0, (0, 1)))
         >>> _ = net(torch.zeros(2, 3, 32, 32))
         >>> sum(p.numel() for p in method.bank(net).active.parameters())  # beside 1.2 million frozen ones
-        109510
+        109414
     """
 
     def __init__(
@@ -144,7 +145,7 @@ class LadderSideTuning(SideCallback):
         bank.bypass, bank.taps.frozen = True, False
         try:
             with evaluating(module), torch.enable_grad():
-                samples = islice(_singles(loader, module_device(module)), self.fisher_samples)
+                samples = islice(_singles(uncached(loader), module_device(module)), self.fisher_samples)
                 importance = fisher_importance(parameters, lambda batch: _loss(module, batch), samples)
         finally:
             bank.bypass, bank.taps.frozen = False, True

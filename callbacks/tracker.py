@@ -6,8 +6,8 @@ import math
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-from cl_plugins.metrics import AccuracyMatrix
 
+from cl_plugins.metrics import AccuracyMatrix
 from cl_plugins.plugin import ContinualCallback, Row
 from cl_plugins.result import StreamResult
 from cl_plugins.task import Stream

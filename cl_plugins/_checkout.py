@@ -1,4 +1,4 @@
-"""Lets an uninstalled checkout import ``cl_plugins.callbacks`` and ``cl_plugins.scenarios`` from their top-level folders.
+"""Lets an uninstalled checkout import ``cl_plugins.callbacks`` and ``cl_plugins.scenarios`` from their folders.
 
 An installed copy has both as real sub-packages and never reaches this finder, which is last on ``sys.meta_path``.
 """

@@ -1,7 +1,7 @@
 """Base classes that both ``pytorch_lightning`` and ``lightning.pytorch`` accept.
 
-The two packages hold the same code twice, as two unrelated class trees. Where both are installed, the classes here inherit
-from both, so one callback or data module works with either Trainer and with either LightningCLI.
+The two packages hold the same code twice, as two unrelated class trees. Where both are installed, the classes here
+inherit from both, so one callback or data module works with either Trainer and with either LightningCLI.
 """
 
 from __future__ import annotations

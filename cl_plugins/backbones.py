@@ -1,7 +1,7 @@
 """Finding the backbone in a user's module, and the small pretrained one that comes with the package.
 
-timm and open_clip models are recognized by what they offer (``blocks`` and ``forward_features``; ``transformer.resblocks``),
-not by their classes, so subclasses and look-alikes work too.
+timm and open_clip models are recognized by what they offer (``blocks`` and ``forward_features``;
+``transformer.resblocks``), not by their classes, so subclasses and look-alikes work too.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def vit_glyph(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
         >>> vit_glyph(num_classes=10).num_features
         128
     """
-    model: VisionTransformer = build_model_with_cfg(VisionTransformer, "vit_glyph", pretrained, **{**VIT_GLYPH, **kwargs})
+    model: VisionTransformer = build_model_with_cfg(
+        VisionTransformer, "vit_glyph", pretrained, **{**VIT_GLYPH, **kwargs}
+    )
     return model
 
 
@@ -94,15 +96,18 @@ class Backbone:
 
 
 def _as_backbone(name: str, module: nn.Module) -> Backbone | None:
+    attention: Any
     blocks = getattr(module, "blocks", None)
     if isinstance(blocks, nn.Sequential | nn.ModuleList) and len(blocks) and hasattr(module, "forward_features"):
         attention = getattr(blocks[0], "attn", None)
         width = getattr(module, "embed_dim", None) or getattr(module, "num_features", None)
-        if isinstance(attention, nn.Module) and hasattr(attention, "num_heads") and isinstance(width, int):
+        if hasattr(attention, "num_heads") and isinstance(width, int):
             return Backbone(name, module, "timm", tuple(blocks), width, int(attention.num_heads))
     resblocks = getattr(getattr(module, "transformer", None), "resblocks", None)
     if isinstance(resblocks, nn.Sequential | nn.ModuleList) and len(resblocks) and hasattr(module, "conv1"):
-        attention = resblocks[0].attn
+        attention = getattr(resblocks[0], "attn", None)
+        if attention is None:
+            return None
         return Backbone(name, module, "open_clip", tuple(resblocks), int(attention.embed_dim), int(attention.num_heads))
     return None
 

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
+from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -137,12 +138,15 @@ def run_benchmark(
 
     scenarios = importlib.import_module("cl_plugins.scenarios")
     callbacks_module = importlib.import_module("cl_plugins.callbacks")
-    recipe = with_options(load_recipe(method, scenario), {**(options or {}), **({} if epochs is None else {"epochs": epochs})})
+    recipe = with_options(
+        load_recipe(method, scenario), {**(options or {}), **({} if epochs is None else {"epochs": epochs})}
+    )
     if device not in ("auto", "cpu", "cuda", "mps"):
         raise ValueError(f"`device` must be auto, cpu, cuda or mps, got {device!r}")
     quiet_lightning()
     stream = scenarios.build_scenario(
-        scenario, **{"batch_size": recipe.batch_size, "order_seed": order_seed, "data_seed": seed, **recipe.data, **(data or {})}
+        scenario,
+        **{"batch_size": recipe.batch_size, "order_seed": order_seed, "data_seed": seed, **recipe.data, **(data or {})},
     )
     if recipe.joint:
         stream = scenarios.Joint(stream)
@@ -175,13 +179,26 @@ def run_benchmark(
         class_order=list(stream.class_order),
         epochs=recipe.epochs,
         wall_seconds=time.perf_counter() - started,
-        hardware={"device": str(trainer.strategy.root_device), "processor": platform.processor() or platform.machine(),
-                  "threads": torch.get_num_threads()},
-        versions={"python": platform.python_version(), "torch": torch.__version__, "pytorch_lightning": pl.__version__},
+        hardware={
+            "device": str(trainer.strategy.root_device),
+            "processor": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+        },
+        versions={
+            "python": platform.python_version(),
+            **{
+                name: version(name) for name in ("torch", "pytorch-lightning", "timm", "cl-plugins") if _installed(name)
+            },
+        },
         recipe=config["recipe"],
-    )  # fmt: skip
+    )
     write_report([read_run(folder)], folder / "report.html", title=f"{method} on {scenario}")
     return result
+
+
+def _installed(name: str) -> bool:
+    """Whether a distribution is installed; the library itself may run from a checkout."""
+    return any(d.name == name for d in distributions(name=name))
 
 
 def summary_table(result: StreamResult) -> str:
@@ -208,5 +225,3 @@ def summary_table(result: StreamResult) -> str:
     lines.append(f"{'trainable parameters':<34}{result.trainable_parameters:>9,}")
     lines.append(f"{'seconds training / evaluating':<34}{seconds:>9.1f} / {result.eval_seconds:.1f}")
     return "\n".join(lines)
-
-

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import ArgumentParser
 
 from cl_plugins._text import did_you_mean
 from cl_plugins.recipes import load_recipe, recipe_names
@@ -93,7 +93,7 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Callable[[Any], int]]]:
     commands = parser.add_subcommands(dest="command")
 
     run = ArgumentParser(description="Train a method on a scenario; writes result.json and report.html.")
-    run.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these options")
+    run.add_argument("--config", action="config", help="YAML file with any of these options")
     run.add_argument("--method", required=True, help="a method of `cl-bench list`")
     run.add_argument("--scenario", required=True, help="a scenario of `cl-bench list`")
     run.add_argument("--seed", type=int, default=0, help="of initialization and data order")
@@ -102,7 +102,9 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Callable[[Any], int]]]:
     run.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     run.add_argument("--out", type=str | None, default=None, help="run folder; runs/<method>_<scenario>_seed<seed>")
     run.add_argument("--set", action="append", metavar="KEY=VALUE", help="a setting of the recipe or of its callbacks")
-    run.add_argument("--data", action="append", metavar="KEY=VALUE", help="an argument of the scenario, such as root=DIR")
+    run.add_argument(
+        "--data", action="append", metavar="KEY=VALUE", help="an argument of the scenario, such as root=DIR"
+    )
     run.add_argument("--quiet", action="store_true", help="no progress bar")
     commands.add_subcommand("run", run, help="train a method on a scenario")
 
@@ -133,7 +135,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("cl-bench: stopped; finished tasks are recorded in the run folder", file=sys.stderr)
         return _INTERRUPTED
-    except (ValueError, TypeError, RuntimeError, OSError, FloatingPointError, json.JSONDecodeError, yaml.YAMLError) as error:
+    except (
+        ValueError,
+        TypeError,
+        RuntimeError,
+        OSError,
+        FloatingPointError,
+        json.JSONDecodeError,
+        yaml.YAMLError,
+    ) as error:
         if os.environ.get("CL_BENCH_TRACEBACK"):
             raise
         print(f"cl-bench: {error}", file=sys.stderr)

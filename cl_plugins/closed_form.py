@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cl_plugins.features import DepthTap
 from cl_plugins.heads import HIDDEN_LOGIT
 
 
@@ -23,13 +24,20 @@ class ClosedFormHead(nn.Module):
 
     Args:
         head: the classifier; its shape gives the numbers of features and classes.
+        tap: adds the class tokens of earlier blocks to the classifier's own feature; None for that feature alone.
     """
 
-    def __init__(self, head: nn.Linear) -> None:
+    def __init__(self, head: nn.Linear, tap: DepthTap | None = None) -> None:
         super().__init__()
+        self.tap = tap
+        self.dim = head.in_features + (0 if tap is None else tap.width)
         self.count: Tensor
         self.register_buffer("count", torch.zeros(head.out_features, dtype=torch.int64, device=head.weight.device))
         self._handle = head.register_forward_hook(self._replace)
+
+    def extend(self, feature: Tensor) -> Tensor:
+        """The classifier's input with what the tap adds, ``(batch, dim)`` float32."""
+        return (feature if self.tap is None else self.tap.extend(feature)).float()
 
     def accumulate(self, features: Tensor, labels: Tensor) -> None:
         """Add samples: features ``(batch, dim)``, labels ``(batch,)``."""
@@ -49,7 +57,7 @@ class ClosedFormHead(nn.Module):
     def _replace(self, head: nn.Module, args: tuple[Any, ...], logits: Tensor) -> Tensor | None:
         if self.training:
             return None
-        scores = self.scores(args[0].float())
+        scores = self.scores(self.extend(args[0]))
         return scores.masked_fill(self.count == 0, HIDDEN_LOGIT).to(logits.dtype)
 
 
@@ -58,6 +66,7 @@ class NearestMeanHead(ClosedFormHead):
 
     Args:
         head: the classifier that it replaces in evaluation.
+        tap: adds the class tokens of earlier blocks.
 
     Example:
         >>> head = nn.Linear(2, 2)
@@ -67,10 +76,10 @@ class NearestMeanHead(ClosedFormHead):
         0
     """
 
-    def __init__(self, head: nn.Linear) -> None:
-        super().__init__(head)
+    def __init__(self, head: nn.Linear, tap: DepthTap | None = None) -> None:
+        super().__init__(head, tap)
         self.total: Tensor
-        self.register_buffer("total", torch.zeros(head.out_features, head.in_features, device=head.weight.device))
+        self.register_buffer("total", torch.zeros(head.out_features, self.dim, device=head.weight.device))
 
     def accumulate(self, features: Tensor, labels: Tensor) -> None:
         """Add samples: features ``(batch, dim)``, labels ``(batch,)``."""
@@ -90,6 +99,7 @@ class RidgeHead(ClosedFormHead):
         projection: width of the random projection; 0 uses the features as they are.
         ridge: the penalty, or None to choose it on held-out samples of each task as the paper does.
         seed: of the projection.
+        tap: adds the class tokens of earlier blocks.
 
     Note:
         The sums take ``8 * width * (width + classes)`` bytes.
@@ -98,18 +108,25 @@ class RidgeHead(ClosedFormHead):
     GRID = tuple(10.0**e for e in range(-8, 9))
     """Penalties that are tried when ``ridge`` is None."""
 
-    def __init__(self, head: nn.Linear, projection: int = 2000, ridge: float | None = None, seed: int = 0) -> None:
-        super().__init__(head)
+    def __init__(
+        self,
+        head: nn.Linear,
+        projection: int = 2000,
+        ridge: float | None = None,
+        seed: int = 0,
+        tap: DepthTap | None = None,
+    ) -> None:
+        super().__init__(head, tap)
         self.ridge = ridge
         self.chosen: float | None = ridge
-        width = projection or head.in_features
+        width = projection or self.dim
         device = head.weight.device
         self.gram: Tensor
         self.cross: Tensor
         self.weights: Tensor
         self.matrix: Tensor | None
         generator = torch.Generator().manual_seed(seed)
-        matrix = torch.randn(head.in_features, projection, generator=generator).to(device) if projection else None
+        matrix = torch.randn(self.dim, projection, generator=generator).to(device) if projection else None
         self.register_buffer("matrix", matrix)
         self.register_buffer("gram", torch.zeros(width, width, dtype=torch.float64, device=device))
         self.register_buffer("cross", torch.zeros(width, head.out_features, dtype=torch.float64, device=device))

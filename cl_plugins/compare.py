@@ -82,7 +82,9 @@ def methods_table(results: Sequence[dict[str, Any]], style: str = "text") -> str
     if style == "csv":
         return "\n".join(",".join(f'"{c}"' if "," in c else c for c in line) for line in lines)
     if style == "latex":
-        body = "\n".join(" & ".join(c.replace("±", r"$\pm$").replace("_", r"\_") for c in line) + r" \\" for line in lines)
+        body = "\n".join(
+            " & ".join(c.replace("±", r"$\pm$").replace("_", r"\_") for c in line) + r" \\" for line in lines
+        )
         return f"\\begin{{tabular}}{{{'l' * len(head)}}}\n{body}\n\\end{{tabular}}"
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     if style == "markdown":

@@ -32,11 +32,16 @@ def split_batch(batch: Any) -> tuple[Any, Tensor]:
         key = next((k for k in ("label", "labels", "y") if k in batch), None)
         if key is not None:
             return batch, batch[key]
-    raise TypeError(f"`batch` must be (x, y) or a dict with the key 'label', 'labels' or 'y', got {type(batch).__name__}")
+    raise TypeError(
+        f"`batch` must be (x, y) or a dict with the key 'label', 'labels' or 'y', got {type(batch).__name__}"
+    )
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits ``(batch, classes)`` in a model's output: a tensor, ``output.logits``, ``output["logits"]`` or a first item.
+    """Logits ``(batch, classes)`` of a model's output.
+
+    Args:
+        output: a tensor, something with ``logits`` as attribute or key, or a sequence whose first item they are.
 
     Raises:
         TypeError: when there are none.
@@ -113,8 +118,8 @@ def count_task(
         logits = predict(module, batch)[:, : len(owner)]
         if logits.shape[1] <= max(task.classes):
             raise ValueError(
-                f"the head must have a row for every class, got {logits.shape[1]} outputs for class {max(task.classes)};"
-                f" build the model with {len(owner)} outputs"
+                f"the head must have a row for every class, got {logits.shape[1]} outputs for class"
+                f" {max(task.classes)}; build the model with {len(owner)} outputs"
             )
         hidden = ~seen[: logits.shape[1]]
         predicted = logits.masked_fill(hidden, -torch.inf).argmax(1)
@@ -147,8 +152,8 @@ def evaluate_tasks(
 ) -> Row:
     """Accuracy on the test data of tasks 0 to ``upto``; predictions may name any class seen so far.
 
-    With several processes each counts its own share of the test data and the counts are added, so the numbers are those of
-    one process exactly.
+    With several processes each counts its own share of the test data and the counts are added, so the numbers are
+    those of one process exactly.
 
     Args:
         module: the model; its modes are restored.
@@ -177,7 +182,7 @@ def evaluate_tasks(
     owner, seen = owner.to(device), seen.to(device)
     chosen = [t for t in tasks if t.index < learned or future]
     precision: AbstractContextManager[Any] = nullcontext()
-    move = partial(to_device, device=device)
+    move: Callable[[Any], Any] = partial(to_device, device=device)
     if trainer is not None:
         precision = trainer.precision_plugin.forward_context()
         if trainer.strategy.lightning_module is module:

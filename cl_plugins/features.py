@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import layer_norm
 
 from cl_plugins.evaluation import evaluating, split_batch, to_device
 from cl_plugins.plugin import module_device
@@ -36,11 +37,55 @@ def feature(module: nn.Module, head: nn.Module, inputs: Any) -> Tensor:
         return store[0]
     finally:
         handle.remove()
-    raise RuntimeError(f"the forward pass of `{type(module).__name__}` never calls its classifier; pass its name as `head=`")
+    raise RuntimeError(
+        f"the forward pass of `{type(module).__name__}` never calls its classifier; pass its name as `head=`"
+    )
+
+
+class DepthTap(nn.Module):
+    """Keeps the class token that each of some blocks puts out, normalized, until it is asked for.
+
+    Args:
+        blocks: forward hooks are set on them.
+        dim: width of a token.
+
+    Example:
+        >>> tap = DepthTap([nn.Identity()], 8)
+        >>> _ = tap._hooked[0](torch.randn(2, 5, 8))
+        >>> tap.extend(torch.zeros(2, 3)).shape
+        torch.Size([2, 11])
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], dim: int) -> None:
+        super().__init__()
+        self.width = dim * len(blocks)
+        self._hooked = tuple(blocks)  # in a tuple, so that their weights are not saved twice
+        self._kept: list[Tensor] = []
+        self._handles = [block.register_forward_hook(self._keep) for block in blocks]
+
+    def _keep(self, block: nn.Module, args: Any, output: Any) -> None:
+        tokens = output[0] if isinstance(output, tuple) else output
+        if block is self._hooked[0]:
+            self._kept.clear()  # an earlier pass may have ended before its features were taken
+        self._kept.append(layer_norm(tokens[:, 0].detach(), tokens.shape[-1:]))
+
+    def extend(self, feature: Tensor) -> Tensor:
+        """The feature ``(batch, dim)`` with the kept tokens behind it, ``(batch, dim + blocks * width)``."""
+        kept, self._kept = self._kept, []
+        return torch.cat([feature, *(k.to(feature.dtype) for k in kept)], dim=1)
+
+    def remove(self) -> None:
+        """Take the hooks off the blocks."""
+        while self._handles:
+            self._handles.pop().remove()
 
 
 def collect_features(
-    module: nn.Module, head: nn.Module, loader: Iterable[Any], device: torch.device | None = None
+    module: nn.Module,
+    head: nn.Module,
+    loader: Iterable[Any],
+    device: torch.device | None = None,
+    transform: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Features and labels of all samples of a loader, in its order.
 
@@ -49,6 +94,7 @@ def collect_features(
         head: the classifier whose inputs are the features.
         loader: gives ``(x, y)`` or dicts.
         device: where to run; the module's own when None.
+        transform: of each batch's features, such as :meth:`DepthTap.extend`.
 
     Returns:
         ``(samples, dim)`` float32 and ``(samples,)`` int64, on ``device``.
@@ -61,7 +107,8 @@ def collect_features(
     with evaluating(module):
         for batch in loader:
             inputs, target = split_batch(to_device(batch, device))
-            features.append(feature(module, head, inputs).float())
+            found = feature(module, head, inputs)
+            features.append((found if transform is None else transform(found)).float())
             labels.append(target)
     if not features:
         raise ValueError("`loader` must give at least one batch, got none")

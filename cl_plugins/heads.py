@@ -41,8 +41,9 @@ def find_head(module: nn.Module, backbone: Backbone | None = None, name: str | N
         if not isinstance(chosen, nn.Linear):
             raise ValueError(f"`head` must be an nn.Linear, got {name!r}, a {type(chosen).__name__}")
         return name, chosen
-    if backbone is not None and callable(getattr(backbone.model, "get_classifier", None)):
-        classifier = backbone.model.get_classifier()
+    get_classifier: Any = None if backbone is None else getattr(backbone.model, "get_classifier", None)
+    if callable(get_classifier):
+        classifier = get_classifier()
         if isinstance(classifier, nn.Linear):
             return next(path for path, m in layers.items() if m is classifier), classifier
     inside = set() if backbone is None else {id(m) for m in backbone.model.modules()}
@@ -59,8 +60,8 @@ def find_head(module: nn.Module, backbone: Backbone | None = None, name: str | N
 class HeadMask(nn.Module):
     """Hides logits: in training those outside the current task, in evaluation those of classes not seen yet.
 
-    Cross-entropy on the masked logits equals cross-entropy on the task's columns alone, in value and gradient, so rows of
-    other classes get gradient zero. Before the first :meth:`start` nothing is hidden.
+    Cross-entropy on the masked logits equals cross-entropy on the task's columns alone, in value and gradient, so rows
+    of other classes get gradient zero. Before the first :meth:`start` nothing is hidden.
 
     Args:
         head: the classifier; the mask is a forward hook on it.

@@ -48,8 +48,8 @@ class Row:
 class ContinualCallback(Callback):
     """Base class of continual-learning methods and observers.
 
-    WHEN: ``install`` and ``start_task`` run before each task's ``Trainer.fit``, so before optimizers exist; ``end_task``
-    after it and before the evaluation.
+    WHEN: ``install`` and ``start_task`` run before each task's ``Trainer.fit``, so before optimizers exist;
+    ``end_task`` after it and before the evaluation.
     """
 
     training: ClassVar[Literal["required", "none", "neutral"]] = "required"
@@ -113,7 +113,7 @@ class ContinualCallback(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Install the structure in every stage, so that checkpoints load strictly; idempotent."""
         self.install(pl_module)
-        stream = getattr(trainer, "datamodule", None)
+        stream: Any = getattr(trainer, "datamodule", None)
         if stage == "fit" and self._task is None and isinstance(getattr(stream, "task", None), int):
             self.on_task_start(trainer, pl_module, stream.tasks[stream.task])
 

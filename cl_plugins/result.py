@@ -154,7 +154,8 @@ class StreamResult:
 
         names = [t.name for t in self.tasks]
         index = [f"after task {row.after}" for row in self.rows]
-        return pd.DataFrame(self.accuracy_matrix.numpy(), index=index, columns=names)
+        frame: pd.DataFrame = pd.DataFrame(self.accuracy_matrix.numpy(), index=index, columns=names)
+        return frame
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values; fractions, never percent."""

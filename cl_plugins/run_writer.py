@@ -1,10 +1,11 @@
-"""Writes the events of a run: one line of JSON each, appended in one system call, so that a killed process tears no line.
+"""Writes the events of a run: one line of JSON each, appended in one system call, so a killed process tears no line.
 
 A run is a folder; each process and each start of it writes its own file there::
 
     runs/<run id>/events.<rank>.<segment>.jsonl
 
-Every line is one object with ``schema`` (:data:`SCHEMA`), ``kind``, ``time`` (seconds since 1970) and the event's own fields.
+Every line is one object with ``schema`` (:data:`SCHEMA`), ``kind``, ``time`` (seconds since 1970) and the event's own
+fields.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
 import re
 import secrets
 import sys
@@ -45,7 +47,7 @@ def check_run_id(run_id: str) -> str:
     if unsafe or len(os.fsencode(run_id.encode("utf-8", "replace"))) > 200:
         mended = _FORBIDDEN.sub("_", run_id).strip().lstrip(".")[:60] or "run"
         raise ValueError(
-            f"`run_id` must be a name of at most 200 bytes without path separators, control characters or a leading dot,"
+            "`run_id` must be a name of at most 200 bytes without path separators, control characters or a leading dot,"
             f" got {run_id!r}; use {mended!r}, or name the folder in `root`"
         )
     return run_id
@@ -123,8 +125,8 @@ def _lock(descriptor: int) -> bool:
 class RunWriter:
     """Appends events to a run's file of this process.
 
-    WHEN: a line is in the operating system's hands when :meth:`write` returns, so it survives ``kill -9``; :meth:`sync` makes
-    it survive a power cut as well. A second start under the same name goes on in a new file (a resumed run).
+    WHEN: a line is in the operating system's hands when :meth:`write` returns, so it survives ``kill -9``; after
+    :meth:`sync` it survives a power cut as well. A second start under the same name goes on in a new file.
 
     Args:
         root: folder of all runs; created when missing.
@@ -164,8 +166,7 @@ class RunWriter:
         segments = [n for r, n, path in event_files(self.folder) if r == rank and path.stat().st_size > 0]
         self.segment = max(segments, default=-1) + 1
         self._file = self._lock_file if self.segment == 0 else self._open(self.segment)
-        self.write("segment", run=self.run_id, rank=rank, segment=self.segment, pid=os.getpid(), host=os.uname().nodename
-                   if hasattr(os, "uname") else "")  # fmt: skip
+        self.write("segment", run=self.run_id, rank=rank, segment=self.segment, pid=os.getpid(), host=platform.node())
 
     def _open(self, segment: int) -> int:
         path = self.folder / f"events.{self.rank}.{segment}.jsonl"

@@ -58,8 +58,8 @@ class _LossGuard(Callback):
         bad, self._bad = self._bad, None
         if bad is not None and bool(bad):
             raise FloatingPointError(
-                f"the training loss must stay finite, got NaN or infinity in epoch {trainer.current_epoch} of this task;"
-                " lower the learning rate or clip the gradients; finished tasks are recorded"
+                f"the training loss must stay finite, got NaN or infinity in epoch {trainer.current_epoch} of this"
+                " task; lower the learning rate or clip the gradients; finished tasks are recorded"
             )
 
 
@@ -70,10 +70,11 @@ def _refuse(trainer: pl.Trainer, stream: Stream) -> None:
             f"`max_steps` counts over the whole stream and would end training inside a task, got {trainer.max_steps!r};"
             " set `max_epochs` (epochs per task) and `limit_train_batches` instead"
         )
-    if trainer.reload_dataloaders_every_n_epochs:
+    reload_every = getattr(trainer, "reload_dataloaders_every_n_epochs", 0)
+    if reload_every:
         raise ValueError(
             "`reload_dataloaders_every_n_epochs` must be 0, since the stream gives each task its own loader,"
-            f" got {trainer.reload_dataloaders_every_n_epochs!r}"
+            f" got {reload_every!r}"
         )
     launcher = getattr(trainer.strategy, "launcher", None)
     if launcher is not None and type(launcher).__name__.startswith("_MultiProcessing"):
@@ -157,7 +158,8 @@ def find_checkpoint(trainer: pl.Trainer, ckpt_path: str | Path) -> Path:
         if not path.is_file():
             raise FileNotFoundError(f"`ckpt_path` must be a checkpoint file or 'last', got {str(ckpt_path)!r}")
         return path
-    folders = {Path(c.dirpath) for c in trainer.checkpoint_callbacks if getattr(c, "dirpath", None)}
+    given = [getattr(c, "dirpath", None) for c in trainer.checkpoint_callbacks]
+    folders = {Path(d) for d in given if d}
     folders = folders or {Path(trainer.default_root_dir)}
     found = [p for folder in folders if folder.is_dir() for p in folder.rglob("*.ckpt")]
     if not found:
@@ -182,7 +184,8 @@ def fit_stream(
     """Train ``module`` on one task after the other and evaluate it on all tasks so far after each.
 
     Args:
-        trainer: a Trainer of ``pytorch_lightning`` or ``lightning.pytorch``; ``max_epochs`` is per task. Its callbacks may
+        trainer: a Trainer of ``pytorch_lightning`` or ``lightning.pytorch``; ``max_epochs`` is per task. Its callbacks
+            may
             be any mix of Lightning's own and this library's.
         module: the user's module; it needs no more than ``training_step`` and ``configure_optimizers``.
         stream: the tasks, a :class:`cl_plugins.scenarios.TaskStream` or anything like it.
@@ -190,7 +193,8 @@ def fit_stream(
         seed: for what plugins draw at a task's start (new prompts, new experts).
         evaluate_initial: evaluate all tasks before any training, for forward transfer.
         evaluate_future: evaluate tasks that are not learned yet as well, for transfer metrics.
-        predict: gives the logits ``(batch, classes)`` of a batch; the default calls ``module(x)``.
+        predict: gives the logits ``(batch, classes)`` of a batch; the default is the stream's own ``predict`` where
+            it has one, as streams of text do, and else calls ``module(x)``.
 
     Returns:
         The accuracy matrix as counts, and the numbers that follow from it.
@@ -200,6 +204,8 @@ def fit_stream(
         FloatingPointError: when the loss becomes NaN or infinite.
     """
     _refuse(trainer, stream)
+    if predict is default_predict:
+        predict = getattr(stream, "predict", default_predict)
     state = next((c for c in trainer.callbacks if isinstance(c, StreamState)), None)  # type: ignore[attr-defined]
     if state is None:
         state = StreamState()

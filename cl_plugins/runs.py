@@ -14,8 +14,8 @@ alert      text, task
 end        status ("finished" or "failed"), error
 =========  ===========================================================================================================
 
-Other kinds are kept in :attr:`Run.other`. Counts, never ratios, so that merging over processes is exact: rows of several
-ranks are added. Within a rank a later row for the same task replaces the earlier one.
+Other kinds are kept in :attr:`Run.other`. Counts, never ratios, so that merging over processes is exact: rows of
+several ranks are added. Within a rank a later row for the same task replaces the earlier one.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from cl_plugins.run_writer import SCHEMA, RunWriter, check_run_id, event_files
 __all__ = ["SCHEMA", "Run", "RunTask", "RunWriter", "check_run_id", "read_run", "read_runs"]
 
 Counts = NDArray[np.int64]
-_MOST_TASKS = 100_000
+_MOST_TASKS = 10_000
 _ENVELOPE = ("schema", "kind", "time")
 
 
@@ -164,9 +164,13 @@ class _Reader:
         self.tasks: dict[int, dict[str, Any]] = {}
         self.plug: dict[tuple[str, Any], dict[str, Any]] = {}
 
-    def restart(self, first: int) -> None:
+    def restart(self, first: int, rank: int) -> None:
         """Forget what an earlier start recorded of task ``first`` and later ones."""
-        self.rows = {k: v for k, v in self.rows.items() if k[1] < first and (first > 0 or k[1] >= 0)}
+        stale = [k for k in self.rows if k[0] == rank and (k[1] >= first or first == 0)]
+        for key in stale:
+            del self.rows[key]
+        if rank > 0:
+            return
         self.plug = {k: v for k, v in self.plug.items() if isinstance(k[1], int) and k[1] < first}
         self.run.cost = {k: v for k, v in self.run.cost.items() if k < first}
         self.run.confusion = {k: v for k, v in self.run.confusion.items() if k < first}
@@ -184,8 +188,8 @@ class _Reader:
         fields = {k: v for k, v in event.items() if k not in _ENVELOPE}
         if kind == "run":
             first = fields.pop("from_task", None)
-            if rank == 0 and _is_index(first):
-                self.restart(first)
+            if _is_index(first):
+                self.restart(first, rank)
             run.meta.update(fields)
             run.ended, run.error = None, ""
         elif kind == "task" and _is_index(fields.get("index")):
@@ -257,7 +261,7 @@ def read_run(path: str | Path) -> Run:
     folder = Path(path)
     files = event_files(folder)
     if not files:
-        raise FileNotFoundError(f"`path` must be a run's folder with events.*.jsonl files, found none in {str(folder)!r}")
+        raise FileNotFoundError(f"`path` must be a run's folder with events.*.jsonl, found none in {str(folder)!r}")
     run = Run(folder.resolve().name, folder)
     reader = _Reader(run)
     for rank, _, file in files:

@@ -118,7 +118,9 @@ class StreamState(Callback):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         state: dict[str, Any] | None = checkpoint.get("callbacks", {}).get(KEY)
         if state is None:
-            raise ValueError(f"`ckpt_path` must be a checkpoint written by fit_stream, got {str(path)!r} without a stream")
+            raise ValueError(
+                f"`ckpt_path` must be a checkpoint written by fit_stream, got {str(path)!r} without a stream"
+            )
         if state["stream"] != self._identity:
             raise ValueError(
                 f"`ckpt_path` must belong to this stream, got {str(path)!r} of {state['stream'].get('name')!r} with"

@@ -187,7 +187,7 @@ class BackboneTaps(nn.Module):
 
     def substitute_at(self, head: nn.Module) -> None:
         """Let replayed features enter ``head`` in place of what comes from the skipped backbone."""
-        self._handles.append(head.register_forward_pre_hook(self._substitute))
+        self._handles.append(head.register_forward_pre_hook(self._substitute, prepend=True))
 
     def detach(self) -> None:
         """Give the backbone its own method back."""
@@ -244,11 +244,13 @@ class BackboneTaps(nn.Module):
             return like.new_zeros(1, 1, 1).expand(batch, layout.prefix + 1, self.backbone.embed_dim)
         return like.new_zeros(1, 1).expand(batch, self.backbone.embed_dim if model.proj is None else model.proj.shape[1])
 
-    def _substitute(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if self._replayed is None:
-            return None
+    def base_feature(self, given: Tensor) -> Tensor:
+        """What the frozen backbone put in front of the classifier: ``given``, or the stored feature in a replay."""
         feature, self._replayed = self._replayed, None
-        return (feature, *args[1:])
+        return given if feature is None else feature
+
+    def _substitute(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (self.base_feature(args[0]), *args[1:])
 
     def _tokens_first(self, tokens: Tensor) -> Tensor:
         """``(batch, tokens, dim)`` of a block's input or output, which old open_clip towers give tokens first."""

@@ -1,11 +1,11 @@
 """Classification by text: an image goes to the class whose name it fits best, as in CLIP.
 
 The loss is the two-part one of arXiv 2506.21035 (Lu, Zhao, Xue, Yao, Moore and Gong, 2025) for its vision-language
-streams. Implemented: the loss, class texts of the current task in training, cached texts of all classes in evaluation. Not
-implemented: several templates per class.
+streams. Implemented: the loss, class texts of the current task in training, cached texts of all classes in evaluation.
+Not implemented: several templates per class.
 
-Formulas, with unit vectors f (images) and t (texts), sigma = `logit_scale`, C = classes of the current task, B = images,
-N = |C| + `n_seen`::
+Formulas, with unit vectors f (images) and t (texts), sigma = `logit_scale`, C = classes of the current task, B =
+images, N = |C| + `n_seen`::
 
     L_i2t = -1/B sum_b log softmax over c in C of (sigma f_b . t_c)[y_b]
     L_t2i = -1/N sum_b log softmax over images b' of (sigma t_{y_b} . f_b')[b]
@@ -82,6 +82,8 @@ class TextClassifier(nn.Module):
     """
 
     tokens: Tensor
+    current: Tensor
+    row: Tensor
 
     def __init__(
         self,
@@ -101,6 +103,9 @@ class TextClassifier(nn.Module):
             raise ValueError("`class_names` must hold at least one name, got none")
         self.model, self.chunk = model, chunk
         self.register_buffer("tokens", tokenize([template.format(n) for n in class_names]), persistent=False)
+        # buffers of the current task follow the module to its device, so that no step copies from the host
+        self.register_buffer("current", self.tokens[:0], persistent=False)
+        self.register_buffer("row", torch.full((len(self.tokens),), -1), persistent=False)
         self.classes: tuple[int, ...] = ()
         self.seen: tuple[int, ...] = ()
         self._texts: Tensor | None = None
@@ -113,6 +118,9 @@ class TextClassifier(nn.Module):
         if task.classes != self.classes:
             self.seen = tuple(dict.fromkeys(self.seen + self.classes))
             self.classes = task.classes
+            self.current = self.tokens[list(task.classes)]
+            self.row = torch.full_like(self.row, -1)
+            self.row[list(task.classes)] = torch.arange(len(task.classes), device=self.row.device)
         self.forget()
 
     def forget(self) -> None:
@@ -135,7 +143,7 @@ class TextClassifier(nn.Module):
         """Text features ``(labels, dim)``, of all classes when None."""
         encode: Any = self.model.encode_text
         tokens = self.tokens if labels is None else self.tokens[list(labels)]
-        return torch.cat([encode(part) for part in tokens.split(self.chunk)])
+        return torch.cat([encode(part) for part in torch.split(tokens, self.chunk)])
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``(batch, classes)`` of all class names."""
@@ -163,8 +171,7 @@ class TextClassifier(nn.Module):
             raise RuntimeError("`start_task(task)` must be called before `loss`; the MoRA and LoRA callbacks do it")
         self._texts = None
         encode: Any = self.model.encode_image
-        position = torch.full((len(self.tokens),), -1, dtype=torch.long)
-        position[list(self.classes)] = torch.arange(len(self.classes))
-        rows = position.to(labels.device)[labels]
+        encode_text: Any = self.model.encode_text
         n_seen = len(set(self.seen) - set(self.classes))
-        return contrastive_loss(encode(images), self.encode_texts(self.classes), rows, self.scale, n_seen).total
+        parts = contrastive_loss(encode(images), encode_text(self.current), self.row[labels], self.scale, n_seen)
+        return parts.total

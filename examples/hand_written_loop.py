@@ -1,6 +1,6 @@
 """No Trainer: the same method in a training loop of your own, on a plain nn.Module.
 
-    python examples/hand_written_loop.py --epochs 5
+python examples/hand_written_loop.py --epochs 5
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """LightningCLI: model, stream and callbacks from one YAML file, trained over all tasks.
 
-    python examples/lightning_cli.py --config examples/lightning_cli.yaml
+python examples/lightning_cli.py --config examples/lightning_cli.yaml
 """
 
 import pytorch_lightning as pl

@@ -1,6 +1,6 @@
 """An unchanged LightningModule learns digits two classes at a time; the one line that matters is the callback.
 
-    python examples/one_callback.py --epochs 10
+python examples/one_callback.py --epochs 10
 """
 
 import argparse

@@ -7,6 +7,9 @@ from . import catalog  # noqa: F401  registers the names
 from .boundaries import Blurry, FewShot, Repetition
 from .class_incremental import ClassIncremental, TaskIncremental
 from .data import BatchSource, Split, TensorSource
+from .domains import DomainIncremental
+from .from_data import stream_from
+from .instructions import InstructionStream
 from .labels import find_labels
 from .references import Cumulative, Joint
 from .registry import build_scenario, data_names, load_data, scenario_info, scenario_names
@@ -18,7 +21,9 @@ __all__ = [
     "Blurry",
     "ClassIncremental",
     "Cumulative",
+    "DomainIncremental",
     "FewShot",
+    "InstructionStream",
     "Joint",
     "Repetition",
     "Split",
@@ -32,4 +37,5 @@ __all__ = [
     "load_data",
     "scenario_info",
     "scenario_names",
+    "stream_from",
 ]

@@ -16,9 +16,9 @@ from typing import Literal
 
 import numpy as np
 
-from .stream_data import StreamData
 from .data import Transform
 from .image_files import ImageFiles, class_folders, listed_images, need, seeded_halves
+from .stream_data import StreamData
 
 
 def crop_transforms(size: int, *, squash: bool = False) -> tuple[Transform, Transform]:

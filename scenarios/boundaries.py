@@ -17,8 +17,8 @@ class FewShot(ClassIncremental):
     """A base task with many classes and all their samples, then tasks of ``ways`` classes with ``shots`` samples each.
 
     WHEN: drawn when it is constructed. The published protocols are 60 base classes and eight 5-way 5-shot tasks for
-    CIFAR-100 and mini-ImageNet, 100 and ten 10-way 5-shot tasks for CUB-200 (Tao et al., 2020, arXiv 2004.10956). The test
-    data are whole.
+    CIFAR-100 and mini-ImageNet, 100 and ten 10-way 5-shot tasks for CUB-200 (Tao et al., 2020, arXiv 2004.10956). The
+    test data are whole.
 
     Args:
         data: as of :class:`ClassIncremental`.
@@ -34,7 +34,7 @@ class FewShot(ClassIncremental):
     Example:
         >>> stream = FewShot("digits", base_classes=6, ways=2, shots=5)
         >>> stream.provenance()["sizes"]["train"]
-        [865, 10, 10]
+        [863, 10, 10]
     """
 
     prefix = "fewshot"
@@ -87,9 +87,9 @@ class Blurry(ClassIncremental):
     """Tasks whose boundaries are blurred: some classes appear, thinly, in every task.
 
     WHEN: drawn when it is constructed. ``i-Blurry-N-M`` (Koh, Kim, Ha, Choi, 2022, arXiv 2110.10031) is ``disjoint=N,
-    blurry=M``: N % of the classes appear in their own task only; of the others, M % of the samples are spread evenly over
-    the other tasks. ``disjoint=0`` is the blurry-M of Rainbow Memory (Bang et al., 2021, arXiv 2103.17230). The columns of
-    the accuracy matrix are the tasks' own classes; a task's :attr:`Task.classes` are all that occur in its data.
+    blurry=M``: N % of the classes appear in their own task only; of the others, M % of the samples are spread evenly
+    over the other tasks. ``disjoint=0`` is the blurry-M of Rainbow Memory (Bang et al., 2021, arXiv 2103.17230). The
+    columns of the accuracy matrix are the tasks' own classes; ``Task.classes`` are all that occur in a task's data.
 
     Args:
         data: as of :class:`ClassIncremental`.
@@ -152,9 +152,9 @@ class Blurry(ClassIncremental):
 class Repetition(ClassIncremental):
     """Classes come back: after its first task a class occurs in each later one with a given probability.
 
-    WHEN: drawn when it is constructed. Class-incremental learning with repetition (Hemati et al., 2023, arXiv 2301.11396):
-    the samples of a class are divided evenly among the tasks in which it occurs, so none is given twice. The columns of
-    the accuracy matrix are the classes that a task introduces.
+    WHEN: drawn when it is constructed. Class-incremental learning with repetition (Hemati et al., 2023, arXiv
+    2301.11396): the samples of a class are divided evenly among the tasks in which it occurs, so none is given twice.
+    The columns of the accuracy matrix are the classes that a task introduces.
 
     Args:
         data: as of :class:`ClassIncremental`.

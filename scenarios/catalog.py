@@ -86,6 +86,66 @@ SCENARIOS = tuple(
     for data, description, sizes in _SPLITS
 )
 
+_GLYPH_STREAMS = (
+    ScenarioInfo(
+        "task-glyphs-100",
+        "split-glyphs-100, evaluated with the task known",
+        "class_incremental:TaskIncremental",
+        {"data": "glyphs-100"},
+        "10 tasks x 10 classes; 6,000 training, 1,000 validation and 2,000 test images",
+        data="glyphs-100",
+    ),
+    ScenarioInfo(
+        "fewshot-glyphs",
+        "60 base classes, then 5 classes with 5 images each at a time",
+        "boundaries:FewShot",
+        {"data": "glyphs-100", "base_classes": 60, "ways": 5, "shots": 5},
+        "60 + 8 x 5 classes; 3,600 + 8 x 25 training, 1,000 validation and 2,000 test images",
+        data="glyphs-100",
+    ),
+    ScenarioInfo(
+        "online-glyphs",
+        "split-glyphs-100, every training image once",
+        "class_incremental:ClassIncremental",
+        {"data": "glyphs-100", "single_pass": True, "batch_size": 10},
+        "10 tasks x 10 classes; 6,000 training, 1,000 validation and 2,000 test images",
+        data="glyphs-100",
+    ),
+    ScenarioInfo(
+        "blurry-glyphs",
+        "i-Blurry-50-10: half of the classes send a tenth of their images to other tasks; every training image once",
+        "boundaries:Blurry",
+        {"data": "glyphs-100", "disjoint": 50.0, "blurry": 10.0, "single_pass": True, "batch_size": 10},
+        "10 tasks, 100 classes; 6,000 training, 1,000 validation and 2,000 test images",
+        data="glyphs-100",
+    ),
+    ScenarioInfo(
+        "repetition-glyphs",
+        "classes come back in later tasks with probability 0.2",
+        "boundaries:Repetition",
+        {"data": "glyphs-100", "repeat": 0.2},
+        "10 tasks, 100 classes; 6,000 training, 1,000 validation and 2,000 test images",
+        data="glyphs-100",
+    ),
+    ScenarioInfo(
+        "domain-glyphs",
+        "the same 50 classes in four font families and four degradations",
+        "glyph_domains:domain_glyphs",
+        {},
+        "8 tasks x the same 50 classes; 8,000 training and 4,000 test images",
+    ),
+)
+SCENARIOS += _GLYPH_STREAMS
+SCENARIOS += (
+    ScenarioInfo(
+        "instructions",
+        "six text tasks made from rules, in several wordings, scored by exact match",
+        "instructions:InstructionStream",
+        {},
+        "6 tasks x 500 training and 100 test prompts",
+    ),
+)
+
 for _data in DATA:
     register_data(_data)
 for _scenario in SCENARIOS:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
@@ -128,6 +130,16 @@ class Split:
         return Split(self.source, self.labels, self.indices[keep], before[self.offsets])
 
 
+def image_tensor(image: Image.Image) -> Tensor:
+    """``(3, height, width)`` float32 in [0, 1]; what an image becomes when nobody gave a transform."""
+    pixels = np.asarray(image.convert("RGB"), np.uint8)
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
+
+
+class UnreadableSample(RuntimeError):
+    """A sample's file is missing or damaged; the text names it."""
+
+
 class _Stacked(tuple[Any, ...]):
     """A batch that needs no collation."""
 
@@ -156,9 +168,10 @@ class TaskView(Dataset[Any]):
         source: map dataset, or a :class:`BatchSource`.
         labels: of all samples of the source; they replace the label that a sample brings.
         indices: the task's samples.
-        transform: for the input of a sample.
+        transform: for the input of a sample, or for the whole sample when it is a dict; None makes tensors of images.
         seed: data seed and task.
         collate_fn: makes a batch of a list of samples; None stacks, and reads whole batches where the source can.
+        unreadable: "stop" at a sample whose file cannot be read, or "skip" it with a warning; batches are smaller then.
     """
 
     def __init__(
@@ -169,6 +182,7 @@ class TaskView(Dataset[Any]):
         transform: Transform | None = None,
         seed: tuple[int, int] = (0, 0),
         collate_fn: Callable[[list[Any]], Any] | None = None,
+        unreadable: Literal["stop", "skip"] = "stop",
     ) -> None:
         self.source = source
         self.labels = labels
@@ -176,6 +190,7 @@ class TaskView(Dataset[Any]):
         self.transform = transform
         self.seed = seed
         self.collate = Collate(collate_fn)
+        self.unreadable = unreadable
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -199,9 +214,14 @@ class TaskView(Dataset[Any]):
         seeds = words(IMAGE, *self.seed, epochs, chosen)
         samples = []
         with ForkedRandomness() as randomness:
-            for index, seed in zip(chosen.tolist(), seeds.tolist(), strict=True):
+            for place, (index, seed) in enumerate(zip(chosen.tolist(), seeds.tolist(), strict=True), 1):
                 randomness.seed(seed)
-                samples.append(self._sample(index))
+                try:
+                    samples.append(self._sample(index))
+                except UnreadableSample as error:
+                    if self.unreadable == "stop" or (not samples and place == len(chosen)):
+                        raise
+                    warnings.warn(f"skipped: {error}", stacklevel=2)
         return samples
 
     def _sample(self, index: int) -> Any:
@@ -217,7 +237,9 @@ class TaskView(Dataset[Any]):
         return (self._transformed(item), label)
 
     def _transformed(self, value: Any) -> Any:
-        return value if self.transform is None else self.transform(value)
+        if self.transform is not None:
+            return self.transform(value)
+        return image_tensor(value) if isinstance(value, Image.Image) else value
 
     def _relabel(self, item: dict[str, Any], label: int) -> dict[str, Any]:
         changed = item if self.transform is None else self.transform(item)
@@ -230,7 +252,7 @@ class TaskView(Dataset[Any]):
         except OSError as error:
             paths = getattr(self.source, "samples", None)
             where = f" ({paths[index][0]})" if isinstance(paths, list) and isinstance(paths[index], tuple) else ""
-            raise RuntimeError(
+            raise UnreadableSample(
                 f"sample {index}{where} must be readable, got {type(error).__name__}: {error};"
-                " repair or remove the file"
+                ' repair or remove the file, or pass `unreadable="skip"`'
             ) from error

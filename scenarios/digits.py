@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .stream_data import StreamData
 from .data import TensorSource
+from .stream_data import StreamData
 
 _TEST_FRACTION = 5  # every fifth sample of a class is a test sample
 

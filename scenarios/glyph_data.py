@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ._seeds import words
-from .stream_data import StreamData
 from .glyphs import SPLIT_FACES, Stencils, glyph_name, render, stream_classes
+from .stream_data import StreamData
 
+Degradation = Callable[[Tensor], Tensor]
 _SPLITS = ("train", "validation", "test")
 
 
@@ -24,6 +25,8 @@ class GlyphSource:
         per_class: images of each class.
         seed: draws the images.
         strength: of the distortions, see :func:`cl_plugins.scenarios.glyphs.render`.
+        faces: use these fonts of the split alone.
+        degrade: changes a batch of images ``(batch, 3, 32, 32)``; a plain function, so that workers can have it.
 
     Raises:
         ValueError: for an unknown split or fewer than one image.
@@ -34,7 +37,14 @@ class GlyphSource:
     """
 
     def __init__(
-        self, code_points: Sequence[int], split: str, per_class: int, seed: int = 0, strength: float = 1.0
+        self,
+        code_points: Sequence[int],
+        split: str,
+        per_class: int,
+        seed: int = 0,
+        strength: float = 1.0,
+        faces: Sequence[str] | None = None,
+        degrade: Degradation | None = None,
     ) -> None:
         if split not in SPLIT_FACES:
             raise ValueError(f"`split` must be one of {_SPLITS}, got {split!r}")
@@ -43,7 +53,8 @@ class GlyphSource:
         self.split, self.per_class, self.seed, self.strength = split, per_class, seed, strength
         self.labels: NDArray[np.int64] = np.repeat(np.arange(len(code_points)), per_class)
         self._code_points = np.asarray(code_points, np.int64)
-        self._stencils = Stencils(code_points, SPLIT_FACES[split])
+        self.degrade = degrade
+        self._stencils = Stencils(code_points, SPLIT_FACES[split] if faces is None else faces)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -52,7 +63,8 @@ class GlyphSource:
         """Images ``(batch, 3, 32, 32)`` in [0, 1] of these samples."""
         labels, numbers = np.divmod(indices, self.per_class)
         seeds = words(_SPLITS.index(self.split), self.seed, self._code_points[labels], numbers)
-        return render(self._stencils, labels, seeds, self.strength)
+        images = render(self._stencils, labels, seeds, self.strength)
+        return images if self.degrade is None else self.degrade(images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.read_batch(np.array([index]))[0], int(self.labels[index])

@@ -169,9 +169,10 @@ def align_labels(reference: FoundLabels, other: FoundLabels) -> FoundLabels:
     table = np.array([number.get(name, -1) for name in other.names], np.int64)
     if len(other.values) and other.values.max() >= len(table):
         raise ValueError(f"`labels` must be below {len(table)}, the number of class names, got {other.values.max()}")
-    values = table[other.values]
-    if len(values) and values.min() < 0:
-        lost = sorted({other.names[v] for v in np.unique(other.values[values < 0])})
+    used = other.values >= 0
+    values = np.where(used, table[other.values], -1)
+    if (values[used] < 0).any():
+        lost = sorted({other.names[v] for v in np.unique(other.values[used & (values < 0)])})
         raise ValueError(
             f"`test` must hold classes of the training data only, got {', '.join(lost[:5])} as well;"
             " remove them, or add training samples"

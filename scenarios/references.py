@@ -48,6 +48,7 @@ def _settings(stream: TaskStream, kind: str) -> dict[str, Any]:
         "drop_last": stream.drop_last,
         "collate_fn": stream.collate_fn,
         "single_pass": stream.single_pass,
+        "unreadable": stream.unreadable,
     }
 
 

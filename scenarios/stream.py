@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ class LoaderOptions(TypedDict, total=False):
     drop_last: bool
     collate_fn: Callable[[list[Any]], Any] | None
     single_pass: bool
+    unreadable: Literal["stop", "skip"]
 
 
 class TaskStream(LightningDataModule):
@@ -59,6 +60,7 @@ class TaskStream(LightningDataModule):
         drop_last: leave out the last, smaller batch of an epoch.
         collate_fn: makes a batch of a list of samples; None stacks.
         single_pass: online learning, every training sample is given once; a second epoch is refused.
+        unreadable: "stop" at a sample whose file cannot be read, or "skip" it with a warning.
 
     Raises:
         ValueError: for tasks that share classes or have no training samples, and for faulty numbers.
@@ -97,6 +99,7 @@ class TaskStream(LightningDataModule):
         drop_last: bool = False,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         single_pass: bool = False,
+        unreadable: Literal["stop", "skip"] = "stop",
     ) -> None:
         super().__init__()
         check_tasks(tasks, shared_classes=shared_classes)
@@ -123,6 +126,9 @@ class TaskStream(LightningDataModule):
         self.num_workers, self.pin_memory, self.drop_last = num_workers, pin_memory, drop_last
         self.collate_fn = collate_fn
         self.single_pass = single_pass
+        if unreadable not in ("stop", "skip"):
+            raise ValueError(f"`unreadable` must be 'stop' or 'skip', got {unreadable!r}")
+        self.unreadable: Literal["stop", "skip"] = unreadable
         # a share of a small test set may be empty when there are many processes
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self._task = 0
@@ -170,7 +176,8 @@ class TaskStream(LightningDataModule):
         """Refuse several epochs of a stream that gives every sample once, before training starts."""
         if stage == "fit" and self.single_pass and self.trainer is not None and self.trainer.max_epochs != 1:
             raise ValueError(
-                f"`max_epochs` must be 1 for {self.name!r}, which gives every sample once, got {self.trainer.max_epochs!r}"
+                f"`max_epochs` must be 1 for {self.name!r}, which gives every sample once,"
+                f" got {self.trainer.max_epochs!r}"
             )
 
     def _share(self) -> tuple[int, int]:
@@ -190,6 +197,7 @@ class TaskStream(LightningDataModule):
             transform,
             (self.data_seed, task),
             self.collate_fn,
+            self.unreadable,
         )
 
     def _loader(

@@ -28,6 +28,8 @@ class StreamData:
         eval_transform: for the inputs everywhere else, likewise.
         n_tasks: number of tasks when nobody says otherwise.
         name: short, lower case.
+        found: labels of the training, test and validation data when they are known already; -1 leaves a sample out, so
+            that several of them may share one source.
     """
 
     train: Any
@@ -39,6 +41,7 @@ class StreamData:
     eval_transform: Transform | None = None
     n_tasks: int | None = None
     name: str = ""
+    found: tuple[FoundLabels, FoundLabels, FoundLabels | None] | None = None
 
 
 def as_stream_data(
@@ -105,6 +108,8 @@ def prepare(data: StreamData, labels: Labels | None) -> Prepared:
         raise ValueError(
             "`test` must be given, got None; pass `test=` or a pair (train, test), or split the data set in two first"
         )
+    if data.found is not None:
+        return Prepared(data, *data.found, _present(data.found[0]))
     how = data.labels if labels is None else labels
     for_all = how if how is None or isinstance(how, str) or callable(how) else None
     if how is not None and for_all is None:
@@ -117,7 +122,11 @@ def prepare(data: StreamData, labels: Labels | None) -> Prepared:
     validation = None
     if data.validation is not None:
         validation = align_labels(train, find_labels(data.validation, for_all, data.class_names))
-    present = np.unique(train.values).tolist()
+    return Prepared(data, train, test, validation, _present(train))
+
+
+def _present(train: FoundLabels) -> list[int]:
+    present = np.unique(train.values[train.values >= 0]).tolist()
     if not present:
         raise ValueError("`data` must hold training samples, got none")
-    return Prepared(data, train, test, validation, present)
+    return [int(c) for c in present]

@@ -14,6 +14,7 @@ import yaml
 from cl_plugins.cli import _pair, main
 from cl_plugins.recipes import Recipe, load_recipe, recipe_names, with_options
 
+OVOR_RUN = ["run", "--method", "ovor", "--scenario", "split-digits"]
 FAST = ["--scenario", "split-digits", "--epochs", "1", "--device", "cpu", "--quiet"]
 
 
@@ -46,7 +47,13 @@ def test_an_earlier_run_in_the_folder_is_kept(tmp_path):
 
 
 def test_a_configuration_file_and_flags_give_the_same_run(tmp_path):
-    settings = {"method": "ranpac", "scenario": "split-digits", "quiet": True, "device": "cpu", "set": ["projection=64"]}
+    settings = {
+        "method": "ranpac",
+        "scenario": "split-digits",
+        "quiet": True,
+        "device": "cpu",
+        "set": ["projection=64"],
+    }
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({**settings, "out": str(tmp_path / "a")}))
     assert main(["run", "--config", str(tmp_path / "c.yaml")]) == 0
     words = ["run", "--method", "ranpac", *FAST, "--set", "projection=64", "--out", str(tmp_path / "b")]
@@ -58,7 +65,20 @@ def test_a_configuration_file_and_flags_give_the_same_run(tmp_path):
 
 def test_compare_gives_mean_and_interval_over_seeds(tmp_path, capsys):
     for seed in range(3):
-        main(["run", "--method", "ranpac", *FAST, "--seed", str(seed), "--order-seed", str(seed), "--out", str(tmp_path / str(seed))])
+        main(
+            [
+                "run",
+                "--method",
+                "ranpac",
+                *FAST,
+                "--seed",
+                str(seed),
+                "--order-seed",
+                str(seed),
+                "--out",
+                str(tmp_path / str(seed)),
+            ]
+        )
     capsys.readouterr()
     assert main(["compare", str(tmp_path), "--format", "json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
@@ -88,13 +108,13 @@ def test_list_names_every_method_and_scenario(capsys):
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["run", "--method", "ovro", "--scenario", "split-digits"], "`method` must be a known method, got 'ovro'; did you mean 'ovor'?"),
+        (["run", "--method", "ovro", *FAST], "`method` must be a known method, got 'ovro'; did you mean 'ovor'?"),
         (["run", "--method", "ovor", "--scenario", "split-digit"], "did you mean 'split-digits'?"),
         (["run", "--method", "ovor", *FAST, "--set", "lenght=3"], "`--set lenght` must name an option of 'ovor'"),
         (["run", "--method", "ovor", *FAST, "--set", "oops"], "`--set` must be KEY=VALUE, got 'oops'"),
         (["run", "--method", "ovor", *FAST, "--set", "schedule=linear"], "`schedule` must be one of"),
-        (["run", "--method", "ovor", "--scenario", "split-digits", "--epochs", "0"], "`epochs` must be a whole number of 1 or more"),
-        (["run", "--method", "ovor", "--scenario", "split-digits", "--device", "tpu"], "`device` must be auto, cpu, cuda or mps"),
+        ([*OVOR_RUN, "--epochs", "0"], "`epochs` must be a whole number of 1 or more"),
+        ([*OVOR_RUN, "--device", "tpu"], "`device` must be auto, cpu, cuda or mps"),
         (["report", "/nonexistent-folder"], "nonexistent-folder"),
         (["compare", "/nonexistent-folder"], "must hold result.json files"),
     ],
@@ -160,7 +180,13 @@ def test_options_reach_the_callbacks_that_take_them():
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("a=1", ("a", 1)), ("a=1e-3", ("a", 1e-3)), ("a=true", ("a", True)), ("a=x=y", ("a", "x=y")), ("a=null", ("a", None))],
+    [
+        ("a=1", ("a", 1)),
+        ("a=1e-3", ("a", 1e-3)),
+        ("a=true", ("a", True)),
+        ("a=x=y", ("a", "x=y")),
+        ("a=null", ("a", None)),
+    ],
 )
 def test_values_on_the_command_line_have_types(text, expected):
     assert _pair(text) == expected
@@ -169,5 +195,7 @@ def test_values_on_the_command_line_have_types(text, expected):
 def test_settings_are_checked():
     with pytest.raises(ValueError, match="`lr` must be a number above 0, got '1e-3'"):
         Recipe("m", "d", lr="1e-3")
-    with pytest.raises(ValueError, match="`optimizer` must be one of adam, adamw, sgd, got 'adan'; did you mean 'adam'"):
+    with pytest.raises(
+        ValueError, match="`optimizer` must be one of adam, adamw, sgd, got 'adan'; did you mean 'adam'"
+    ):
         Recipe("m", "d", optimizer="adan")

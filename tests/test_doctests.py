@@ -1,4 +1,4 @@
-"""Every example in a docstring runs. Modules are found in the folders, since a checkout maps two of them by a finder."""
+"""Every example in a docstring runs; modules are found in the folders, since a checkout maps two of them."""
 
 import doctest
 import importlib

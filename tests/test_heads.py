@@ -113,7 +113,9 @@ def test_no_backbone_and_several_backbones_are_refused():
     assert find_backbone(two, "right").model is two["right"]
     with pytest.raises(ValueError, match="`backbone` must be a submodule's name, got 'rigth'; did you mean 'right'"):
         find_backbone(two, "rigth")
-    with pytest.raises(ValueError, match="`backbone` must be a timm ViT or an open_clip vision tower, got 'left.head'"):
+    with pytest.raises(
+        ValueError, match=r"`backbone` must be a timm ViT or an open_clip vision tower, got 'left\.head'"
+    ):
         find_backbone(two, "left.head")
 
 
@@ -164,5 +166,5 @@ def test_an_adapter_that_is_never_called_is_named():
 def test_a_module_with_plugins_of_its_own_is_refused():
     module = nn.Module()
     module.plugins = ["mine"]
-    with pytest.raises(RuntimeError, match="`Module.plugins` must be free for adapters, got list"):
+    with pytest.raises(RuntimeError, match=r"`Module\.plugins` must be free for adapters, got list"):
         plugin_modules(module)

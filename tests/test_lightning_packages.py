@@ -40,9 +40,7 @@ def test_a_stream_trains_and_gives_the_same_counts(package):
     result = fit_stream(trainer, _module(package), tiny_stream())
     assert isinstance(tracker, pl.Callback)
     importlib.import_module(PACKAGES[0]).seed_everything(0)
-    reference = fit_stream(
-        quiet_trainer(callbacks=[MaskedHead()]), _module(PACKAGES[0]), tiny_stream()
-    )
+    reference = fit_stream(quiet_trainer(callbacks=[MaskedHead()]), _module(PACKAGES[0]), tiny_stream())
     assert torch.equal(result.correct, reference.correct)
 
 

@@ -30,7 +30,9 @@ def test_every_folder_with_code_is_in_the_package_list(settings):
 
 def test_every_data_file_is_matched_by_a_pattern(settings):
     patterns = settings["package-data"]
-    matched = {p for package, globs in patterns.items() for g in globs for p in (ROOT / package.replace(".", "/")).glob(g)}
+    matched = {
+        p for package, globs in patterns.items() for g in globs for p in (ROOT / package.replace(".", "/")).glob(g)
+    }
     data = {
         p for p in (ROOT / "cl_plugins").rglob("*") if p.is_file() and p.suffix not in {".py", ".pyc"}
     }  # fmt: skip
@@ -58,14 +60,20 @@ def test_wheel_holds_one_top_level_name_and_editable_installs_work(tmp_path):
     import venv
     import zipfile
 
-    subprocess.run([sys.executable, "-m", "build", "--outdir", tmp_path / "dist", ROOT], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "build", "--outdir", tmp_path / "dist", ROOT], check=True, capture_output=True
+    )
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {n.split("/")[0] for n in names if ".dist-info/" not in n} == {"cl_plugins"}
     assert "cl_plugins/weights/vit_glyph.safetensors" in names
     (sdist,) = (tmp_path / "dist").glob("*.tar.gz")
-    code = "import cl_plugins.callbacks, cl_plugins.scenarios, cl_plugins.recipes as r; assert 'ovor' in r.recipe_names()"
-    for number, target in enumerate(([wheel], [sdist], ["-e", ROOT], ["-e", ROOT, "--config-settings", "editable_mode=strict"])):
+    code = (
+        "import cl_plugins.callbacks, cl_plugins.scenarios, cl_plugins.recipes as r; assert 'ovor' in r.recipe_names()"
+    )
+    for number, target in enumerate(
+        ([wheel], [sdist], ["-e", ROOT], ["-e", ROOT, "--config-settings", "editable_mode=strict"])
+    ):
         environment = tmp_path / f"venv{number}"
         venv.create(environment, with_pip=True, system_site_packages=True)
         python = environment / "bin" / "python"

@@ -175,7 +175,7 @@ def test_a_checkpoint_of_another_stream_is_refused(tmp_path):
     fit_stream(trainer(), PlainModule(), tiny_stream())
     with pytest.raises(ValueError, match="`ckpt_path` must belong to this stream"):
         fit_stream(trainer(), PlainModule(), tiny_stream(n_tasks=2), "last")
-    with pytest.raises(FileNotFoundError, match="must be a checkpoint file or 'last', got 'none.ckpt'"):
+    with pytest.raises(FileNotFoundError, match=r"must be a checkpoint file or 'last', got 'none\.ckpt'"):
         fit_stream(trainer(), PlainModule(), tiny_stream(), "none.ckpt")
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match="must be a checkpoint written by fit_stream"):
@@ -236,7 +236,9 @@ class HeadOnly(PlainModule):
 
 
 def test_parameters_in_no_optimizer_are_named():
-    with pytest.raises(RuntimeError, match=r"2 parameters of `FrozenBackbone` are in no optimizer: head.weight, head.bias"):
+    with pytest.raises(
+        RuntimeError, match=r"2 parameters of `FrozenBackbone` are in no optimizer: head.weight, head.bias"
+    ):
         fit_stream(quiet_trainer(callbacks=[FrozenBackbone()]), HeadOnly(), tiny_stream())
 
 

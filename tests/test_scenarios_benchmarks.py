@@ -196,5 +196,13 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path):
     stream.task = 1
     with pytest.raises(RuntimeError, match=r"sample 1 \(.*a.jpg\) must be readable, got UnidentifiedImageError"):
         next(iter(stream.train_dataloader()))
+    with pytest.raises(RuntimeError, match=r"a.jpg\) must be readable"):  # a batch with nothing left
+        next(iter(ClassIncremental((files, files), n_tasks=2, unreadable="skip").test_loader(1)))
+    skipping = ClassIncremental((files, files), n_tasks=1, unreadable="skip")
+    with pytest.warns(UserWarning, match=r"skipped: sample 1 \(.*a.jpg\) must be readable"):
+        (_, labels), *_ = skipping.train_dataloader()
+    assert labels.tolist() == [0]
+    with pytest.raises(ValueError, match="`unreadable` must be 'stop' or 'skip', got 'ignore'"):
+        ClassIncremental((files, files), n_tasks=1, unreadable="ignore")
     with pytest.raises(ValueError, match="`labels` must be one for each of the 2 `paths`, got 1"):
         ImageFiles([tmp_path, tmp_path], [0], ["x"])

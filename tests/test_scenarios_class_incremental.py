@@ -7,9 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import TensorDataset
 
+from cl_plugins import fit_stream
 from cl_plugins.scenarios import ClassIncremental, Cumulative, Joint, StreamData
 from cl_plugins.scenarios.assignment import assign_classes
 from cl_plugins.task import Stream
+from tests._helpers import PlainModule, quiet_trainer, tiny_stream
 
 quick = settings(max_examples=40, deadline=None)
 
@@ -199,6 +201,14 @@ def test_joint_trains_on_everything_and_is_evaluated_per_task():
         assert samples(joint.test_loader(i)) == samples(stream.test_loader(i))
     assert joint.batch_size == 5
     assert joint.name == "split-tensordataset-joint"
+
+
+def test_references_fill_the_columns_of_the_original_stream():
+    stream = tiny_stream(3)
+    joint = fit_stream(quiet_trainer(max_epochs=1), PlainModule(), Joint(stream))
+    assert joint.total.tolist() == [[10, 10, 10]]
+    cumulative = fit_stream(quiet_trainer(max_epochs=1), PlainModule(), Cumulative(stream))
+    assert cumulative.total.tolist() == [[10, -1, -1], [10, 10, -1], [10, 10, 10]]
 
 
 def test_cumulative_trains_on_all_data_so_far():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -47,6 +48,15 @@ class LinearDelta(nn.Module):
         device = x.device.type
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
+    def refusal(self, state: Mapping[str, Tensor]) -> str | None:
+        """Why a saved state cannot be loaded into this adapter; None when it can."""
+        for name, own in self.named_parameters():
+            if name not in state:
+                return f"it lacks `{name}`"
+            if state[name].shape != own.shape:
+                return f"its `{name}` has shape {tuple(state[name].shape)}, here it is {tuple(own.shape)}"
+        return None
+
     def forward(self, x: Tensor) -> Tensor:
         """``(..., groups * out_features)`` for an input ``(..., in_features)``."""
         raise NotImplementedError
@@ -65,3 +75,8 @@ class LinearDelta(nn.Module):
         if not self.active:
             return output
         return self.add_to(output, self(args[0] if args else kwargs["input"]))
+
+
+def adapter_dtype(weight: Tensor) -> torch.dtype:
+    """Dtype of an adapter's parameters: float32 beside half-precision or quantized weights, for small steps."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32

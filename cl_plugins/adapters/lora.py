@@ -12,6 +12,7 @@ Formula::
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,13 @@ class LowRank(LinearDelta):
         down = torch.empty(self.groups, rank, in_features).uniform_(-bound, bound, generator=generator)
         self.down = nn.Parameter(down.to(device=device, dtype=dtype))
         self.up = nn.Parameter(torch.zeros(self.groups, rank, out_features, device=device, dtype=dtype))
+
+    def refusal(self, state: Mapping[str, Tensor]) -> str | None:
+        """Why a saved state cannot be loaded into this adapter; None when it can."""
+        down = state.get("down")
+        if down is not None and down.ndim == 3 and down.shape[1] != self.rank:
+            return f"its rank is {down.shape[1]}, here `rank` is {self.rank}"
+        return super().refusal(state)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., groups * out_features)`` for ``(..., in_features)``."""

@@ -16,6 +16,7 @@ Formula, per token and bank (A: `old_keys` and `new_keys`, B: `old_values` and `
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -182,6 +183,21 @@ class RankExperts(LinearDelta):
         o = self.options
         return o.threshold * (math.sqrt(o.rank / max(1, self.experts)) if o.delta_mode == "sqrt_r" else 1.0)
 
+    def refusal(self, state: Mapping[str, Tensor]) -> str | None:
+        """Why a saved state cannot be loaded into this bank; None when it can, whatever its number of tasks."""
+        for name in _PARAMETERS:
+            value, own = state.get(name), getattr(self, name)
+            if value is None:
+                return f"it lacks `{name}`"
+            if value.ndim != 3 or value.shape[0] != own.shape[0] or value.shape[2] != own.shape[2]:
+                return f"its `{name}` has shape {tuple(value.shape)}, here it is {tuple(own.shape)}"
+            if value.shape[1] != state[_PARAMETERS[name.startswith("new")]].shape[1]:
+                return "its numbers of keys and values differ"
+        rank = state["new_keys"].shape[1]
+        if rank not in (0, self.options.rank):
+            return f"its rank is {rank}, here `rank` is {self.options.rank}"
+        return None
+
     def grow(self, task: int, generator: torch.Generator | None = None) -> None:
         """Freeze all experts and add ``rank`` new ones, whose values are zero.
 
@@ -321,12 +337,11 @@ def _without_span(keys: Tensor, old: Tensor) -> Tensor:
 
 
 def _take_structure(bank: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Give the bank as many experts as the state to be loaded has; other widths are left for torch to refuse."""
+    """Give the bank as many experts as the state to be loaded has; what does not fit is left for torch to refuse."""
     assert isinstance(bank, RankExperts)
-    for name in _PARAMETERS:
-        incoming, own = state_dict.get(prefix + name), getattr(bank, name)
-        if isinstance(incoming, Tensor) and incoming.ndim == 3 and incoming.shape != own.shape:
-            new = name.startswith("new")
-            same_sides = incoming.shape[0] == bank.groups and incoming.shape[2] == bank._width(name)
-            if same_sides and not (new and incoming.shape[1] not in (0, bank.options.rank)):
-                bank._set(name, own.new_empty(incoming.shape))
+    state = {name: state_dict[prefix + name] for name in _PARAMETERS if prefix + name in state_dict}
+    if bank.refusal(state) is None:
+        for name, value in state.items():
+            own = getattr(bank, name)
+            if own.shape != value.shape:
+                bank._set(name, own.detach().new_empty(value.shape))

@@ -84,7 +84,7 @@ class SideBank(nn.Module):
         self._links = (taps, head)  # in a tuple, so that their weights are not saved twice
         self._build = build
         self._logits: Tensor | None = None
-        head.register_forward_pre_hook(self._enter)
+        head.register_forward_pre_hook(self._enter, prepend=True)
         head.register_forward_hook(self._leave, prepend=True)  # masks come after it
         self.register_load_state_dict_pre_hook(_match_number)
         self.register_load_state_dict_post_hook(_freeze_earlier)
@@ -207,7 +207,7 @@ class SideBank(nn.Module):
         self._logits = None
         if self.bypass or not len(self.sides):
             return None
-        base, record = args[0], self.taps.take()
+        base, record = self.taps.base_feature(args[0]), self.taps.take()
         newest = len(self.sides) - 1
         if not self.training and self.per_task:
             if self.known_task is None and newest:

@@ -1,100 +1,245 @@
-"""The notation of all matrix metrics: which cells of an accuracy matrix count as learned, seen and old.
+"""The notation that every function of an accuracy matrix shares.
 
-``matrix[..., i, j]`` is the accuracy on task j at evaluation i, NaN where not measured; ``learned_at[j]`` is the row at which
-task j was learned. Leading dimensions (seeds, say) are independent matrices.
+``R[i, j]`` is the accuracy on task j at evaluation i, in [0, 1]; NaN is a cell that was not measured. ``l(j)`` is the
+row at which task j was learned, ``seen(i) = {j: l(j) <= i}``, ``old(i) = {j: l(j) < i}``. A boundary is a row at which
+some task was learned. An evaluation before any training (zero-shot) is no row of the matrix but ``initial``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-NanPolicy = Literal["propagate", "omit", "raise"]
-LearnedAt = Sequence[int | None] | Tensor | None
-NEVER = 1 << 30
+NanPolicy: TypeAlias = Literal["propagate", "omit", "raise"]
+LearnedAt: TypeAlias = Sequence[int | None] | Tensor | None
+Average: TypeAlias = Literal["macro", "micro"]
+
+_ROUNDING = 1e-6
 
 
-class Marked(NamedTuple):
-    """A matrix with the masks that the definitions use.
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Raise a ValueError that lists the choices when ``value`` is none of them."""
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def as_double(values: Any) -> Tensor:
+    """``values`` as float64 where they are; Apple GPUs have no float64, so values from there move to the CPU."""
+    if isinstance(values, Tensor) and values.device.type == "mps":
+        values = values.cpu()
+    return torch.as_tensor(values, dtype=torch.float64)
+
+
+def nan_like(values: Tensor) -> Tensor:
+    """NaN for each member of the batch: ``values`` without its last two dimensions."""
+    return values.new_full(values.shape[:-2], torch.nan)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A checked accuracy matrix and what follows from when its tasks were learned.
 
     Attributes:
-        values: ``(..., rows, tasks)`` float64.
-        learned: ``(tasks,)`` int64 row at which a task was learned, :data:`NEVER` for none.
-        seen: ``(rows, tasks)`` bool, learned at this row or before.
-        old: ``(rows, tasks)`` bool, learned before this row.
-        boundary: ``(rows,)`` bool, a task was learned at this row.
+        cells: accuracy ``(..., rows, tasks)`` float64, NaN where not measured.
+        learned: row of learning ``(tasks,)`` int64; the number of rows for tasks that were not reached.
+        initial: accuracy before training ``(..., tasks)``, or None.
+        weights: test samples ``(..., rows, tasks)``, or None.
+        policy: what a cell that is read and not measured does.
+        boundaries: the rows at which a task was learned, ascending ``(boundaries,)`` int64.
     """
 
-    values: Tensor
+    cells: Tensor
     learned: Tensor
-    seen: Tensor
-    old: Tensor
-    boundary: Tensor
+    initial: Tensor | None
+    weights: Tensor | None
+    policy: NanPolicy
+    boundaries: Tensor
+
+    @property
+    def rows(self) -> int:
+        """Number of evaluations."""
+        return self.cells.shape[-2]
+
+    @property
+    def last(self) -> int:
+        """Index of the last evaluation."""
+        return self.rows - 1
+
+    @property
+    def seen(self) -> Tensor:
+        """Tasks learned by the last row ``(tasks,)`` bool."""
+        return self.learned <= self.last
+
+    @property
+    def old(self) -> Tensor:
+        """Tasks learned before the last row ``(tasks,)`` bool."""
+        return self.learned < self.last
+
+    @property
+    def final(self) -> Tensor:
+        """The last row ``(..., tasks)``."""
+        return self.cells[..., -1, :]
+
+    @property
+    def row_index(self) -> Tensor:
+        """Column of row numbers ``(rows, 1)``."""
+        return torch.arange(self.rows, device=self.cells.device)[:, None]
+
+    @property
+    def at_boundary(self) -> Tensor:
+        """Which rows are boundaries ``(rows, 1)`` bool."""
+        return torch.isin(self.row_index, self.boundaries)
+
+    def at(self, rows: Tensor) -> Tensor:
+        """Cell ``[rows[j], j]`` of each column j ``(..., tasks)``; NaN for a row outside the matrix."""
+        if self.rows == 0:
+            return self.cells.new_full((*self.cells.shape[:-2], len(rows)), torch.nan)
+        inside = (rows >= 0) & (rows < self.rows)
+        picked = self.cells[..., torch.where(inside, rows, 0), torch.arange(len(rows), device=rows.device)]
+        return torch.where(inside, picked, torch.nan)
+
+    @property
+    def diagonal(self) -> Tensor:
+        """Accuracy right after learning ``(..., tasks)``; NaN for tasks that were not reached."""
+        return self.at(self.learned)
+
+    @property
+    def previous(self) -> Tensor:
+        """The boundary before a task was learned ``(tasks,)``; -1 for the first task and for tasks not reached."""
+        earlier = self.boundaries[None, :] < self.learned[:, None]  # (tasks, boundaries)
+        index = earlier.sum(-1) - 1
+        found = self.boundaries[index.clamp(min=0)] if len(self.boundaries) else torch.zeros_like(index)
+        return torch.where((index >= 0) & self.seen, found, -1)
+
+    def mean(self, values: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Mean over the last dimension where ``mask`` holds, by the NaN policy; NaN over nothing."""
+        return masked_mean(values, mask, self.policy, weights)
+
+    def mean_cells(self, values: Tensor, mask: Tensor) -> Tensor:
+        """Mean over rows and columns of ``(..., rows, tasks)`` where ``mask`` ``(rows, tasks)`` holds."""
+        self.check(values, mask)
+        return masked_mean(values.flatten(-2), mask.flatten(), self.policy)
+
+    def reference(self, name: str, values: Any) -> Tensor | None:
+        """A value per task ``(..., tasks)`` that is no part of the matrix, or None."""
+        return _row(name, values, self.cells)
+
+    def check(self, values: Tensor, mask: Tensor) -> None:
+        """Under ``nan_policy="raise"``, raise for the first cell that is read and missing."""
+        check_missing(values, mask, self.policy, ("row", "column"))
 
 
-def mark(matrix: Tensor, learned_at: LearnedAt = None) -> Marked:
-    """Check a matrix and lay out its masks.
+def check_missing(values: Tensor, mask: Tensor, policy: NanPolicy, names: Sequence[str] = ("column",)) -> None:
+    """Under ``nan_policy="raise"``, raise for the first entry that is read and missing.
 
     Raises:
-        ValueError: for a matrix that is not 2-D or more, or a ``learned_at`` of another length or below 0.
+        ValueError: naming the entry by the last ``len(names)`` dimensions.
     """
-    values = torch.as_tensor(matrix).to(torch.float64)
-    if values.ndim < 2:
-        raise ValueError(f"`matrix` must have shape (..., rows, tasks), got {tuple(values.shape)}")
-    rows, tasks = values.shape[-2:]
-    if learned_at is None:
-        learned = torch.arange(tasks)
-    else:
-        plain = learned_at.tolist() if isinstance(learned_at, Tensor) else list(learned_at)
-        if len(plain) != tasks:
-            raise ValueError(f"`learned_at` must hold a row for each of {tasks} tasks, got {len(plain)} entries")
-        if any(v is not None and v < 0 for v in plain):
-            raise ValueError(f"`learned_at` must hold rows of 0 or more, or None, got {plain!r}")
-        learned = torch.tensor([NEVER if v is None else int(v) for v in plain], dtype=torch.int64)
-    learned = learned.to(values.device)
-    index = torch.arange(rows, device=values.device)[:, None]
-    seen, old = learned <= index, learned < index
-    boundary = (learned == index).any(1)
-    return Marked(values, learned, seen, old, boundary)
-
-
-def masked_mean(values: Tensor, mask: Tensor, nan_policy: NanPolicy, dim: int | tuple[int, ...] = -1) -> Tensor:
-    """Mean of the cells in ``mask``; NaN when it is empty.
-
-    Raises:
-        ValueError: for a missing cell with ``nan_policy="raise"``, and for an unknown policy.
-    """
-    if nan_policy not in ("propagate", "omit", "raise"):
-        raise ValueError(f"`nan_policy` must be propagate, omit or raise, got {nan_policy!r}")
-    mask = mask.expand_as(values)
-    missing = mask & values.isnan()
-    if nan_policy == "raise" and bool(missing.any()):
+    if policy != "raise":
+        return
+    missing = (values.isnan() & mask).nonzero()
+    if len(missing):
+        index = missing[0, -len(names) :].tolist()
+        where = ", ".join(f"{name} {i}" for name, i in zip(names, index, strict=True))
         raise ValueError(
-            f"`matrix` must have every cell that the metric reads, got {int(missing.sum())} missing;"
-            " use nan_policy='omit' to leave them out"
+            f"`matrix` must hold every cell that is read, got NaN in {where}; measure it, or pass nan_policy='omit'"
         )
-    counted = mask & ~missing if nan_policy == "omit" else mask
-    total = torch.where(counted, values, torch.zeros_like(values)).sum(dim)
-    return total / counted.sum(dim)  # 0 / 0 is NaN: undefined
 
 
-def masked_max(values: Tensor, mask: Tensor, nan_policy: NanPolicy, dim: int) -> Tensor:
-    """Maximum of the cells in ``mask`` along ``dim``; NaN when there is none, or one is missing and counts."""
-    mask = mask.expand_as(values)
-    missing = mask & values.isnan()
-    usable = mask & ~missing
-    peak = torch.where(usable, values, torch.full_like(values, -torch.inf)).amax(dim)
-    undefined = ~usable.any(dim) | (missing.any(dim) if nan_policy != "omit" else False)
-    return torch.where(undefined, torch.nan, peak)
+def masked_mean(values: Tensor, mask: Tensor, policy: NanPolicy, weights: Tensor | None = None) -> Tensor:
+    """Weighted mean over the last dimension of the entries in ``mask``; NaN when there is none."""
+    check_missing(values, mask, policy)
+    if policy == "omit":
+        mask = mask & ~values.isnan()
+    share = mask.to(values.dtype) if weights is None else torch.where(mask, weights, 0.0)
+    share = share.expand((share + values).shape)
+    weight = share.sum(-1)
+    total = torch.where(mask, values, 0.0).mul(share).sum(-1)
+    return torch.where(weight > 0, total / weight, torch.nan)
 
 
-def at_learning(marked: Marked) -> Tensor:
-    """Accuracy of each task at the row at which it was learned, ``(..., tasks)``; NaN for tasks never learned."""
-    rows = marked.values.shape[-2]
-    reached = marked.learned < rows
-    index = marked.learned.clamp(max=rows - 1).expand(*marked.values.shape[:-2], 1, -1)
-    taken = marked.values.gather(-2, index)[..., 0, :]
-    return torch.where(reached, taken, torch.nan)
+def masked_extreme(values: Tensor, mask: Tensor, policy: NanPolicy, largest: bool) -> Tensor:
+    """Largest or smallest entry of the last dimension in ``mask``; NaN when there is none."""
+    check_missing(values, mask, policy)
+    sign = 1.0 if largest else -1.0
+    missing = values.isnan() & mask
+    usable = mask & ~values.isnan()
+    signed = torch.where(usable, sign * values, -torch.inf)
+    found = sign * signed.amax(-1) if values.shape[-1] else values.new_full(values.shape[:-1], torch.nan)
+    undefined = ~usable.any(-1) if policy == "omit" else ~usable.any(-1) | missing.any(-1)
+    return torch.where(undefined, torch.nan, found)
+
+
+def _row(name: str, values: Any, cells: Tensor) -> Tensor | None:
+    if values is None:
+        return None
+    row = as_double(values).to(cells.device)
+    if row.ndim < 1 or row.shape[-1] != cells.shape[-1]:
+        raise ValueError(f"`{name}` must have one value per column ({cells.shape[-1]}), got shape {tuple(row.shape)}")
+    return row
+
+
+def _learned(learned_at: LearnedAt, rows: int, tasks: int, device: torch.device) -> Tensor:
+    if learned_at is None:
+        return torch.arange(tasks, device=device).clamp(max=rows)
+    steps = learned_at.tolist() if isinstance(learned_at, Tensor) else list(learned_at)
+    if len(steps) != tasks:
+        raise ValueError(f"`learned_at` must have one row per column ({tasks}), got {learned_at!r}")
+    never = [step is None or step < 0 or step >= rows for step in steps]
+    return torch.tensor(
+        [rows if n else int(s) for s, n in zip(steps, never, strict=True)], dtype=torch.int64, device=device
+    )
+
+
+def read_matrix(
+    matrix: Tensor,
+    learned_at: LearnedAt = None,
+    initial: Tensor | None = None,
+    nan_policy: NanPolicy = "propagate",
+    n_test: Tensor | None = None,
+) -> Table:
+    """Check the arguments that all functions share and work out ``l(j)`` and the boundaries.
+
+    A row without any measured cell at which nothing was learned is no evaluation and is left out.
+
+    Args:
+        matrix: accuracy ``(..., rows, tasks)`` in [0, 1], NaN where not measured.
+        learned_at: row at which each column was learned, None or -1 for never; None for column j at row j.
+        initial: accuracy before any training ``(..., tasks)``.
+        nan_policy: what a cell that is read and missing does: ``"propagate"``, ``"omit"`` or ``"raise"``.
+        n_test: test samples ``(tasks,)`` or ``(..., rows, tasks)``, for means over samples.
+
+    Raises:
+        ValueError: for a wrong shape, percent instead of fractions, or an unknown policy.
+    """
+    check_choice("nan_policy", nan_policy, ("propagate", "omit", "raise"))
+    cells = as_double(matrix)
+    if cells.ndim < 2:
+        raise ValueError(f"`matrix` must have the shape (..., rows, tasks), got {tuple(cells.shape)}")
+    if bool(((cells < -_ROUNDING) | (cells > 1 + _ROUNDING)).any()):
+        worst = float(cells.nan_to_num(0.0).flatten()[cells.nan_to_num(0.0).abs().argmax()])
+        raise ValueError(f"`matrix` must hold fractions in [0, 1], got {worst:g}; divide percent by 100")
+    rows, tasks = cells.shape[-2:]
+    learned = _learned(learned_at, rows, tasks, cells.device)
+    weights = None
+    if n_test is not None:
+        weights = as_double(n_test).to(cells.device)
+        if weights.shape[-1:] != (tasks,) or (weights.ndim > 1 and weights.shape[-2] != rows):
+            raise ValueError(
+                f"`n_test` must have the shape ({tasks},) or (..., {rows}, {tasks}), got {tuple(weights.shape)}"
+            )
+        weights = weights[None, :].expand(rows, tasks) if weights.ndim == 1 else weights
+    measured = (~cells.isnan()).any(-1).reshape(-1, rows).any(0)
+    keep = measured | torch.isin(torch.arange(rows, device=cells.device), learned)
+    if not bool(keep.all()):
+        cells = cells[..., keep, :]
+        weights = None if weights is None else weights[..., keep, :]
+        kept_before = torch.cat([keep.new_zeros(1, dtype=torch.int64), keep.cumsum(0)])
+        learned = kept_before[learned]
+    reached = set(learned.tolist()) - {cells.shape[-2]}
+    boundaries = torch.tensor(sorted(reached), dtype=torch.int64, device=cells.device)
+    return Table(cells, learned, _row("initial", initial, cells), weights, nan_policy, boundaries)

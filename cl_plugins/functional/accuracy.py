@@ -1,135 +1,228 @@
-"""Accuracy of a stream, from its accuracy matrix (rows: evaluations, columns: tasks; NaN: not measured).
+"""Accuracy of a stream of tasks, from the accuracy matrix.
 
-    ACC   = mean over tasks seen of R[last, j]                            average_accuracy
-    AIA   = mean over boundaries i of ACC at i                            average_incremental_accuracy
-    A     = mean of all cells with a boundary row and a task seen there   accuracy_over_time (Diaz-Rodriguez et al., 2018)
-    LA    = mean over tasks seen of R[l(j), j]                            learning_accuracy (Riemer et al., 2019)
+* ``average_accuracy``: mean over seen tasks of the last row ("last accuracy", A_B);
+* ``average_incremental_accuracy``: mean over boundaries of the average accuracy there (iCaRL, A-bar);
+* ``accuracy_over_time``: mean over all cells at or after learning (Diaz-Rodriguez et al. 2018);
+* ``learning_accuracy``: mean over seen tasks of ``R[l(j), j]`` (Riemer et al. 2019), also ``plasticity``;
+* ``stability``: mean over old tasks of the last row.
+
+``ACC = LA + (T-1)/T * BWT`` ties the first, the fourth and backward transfer.
 """
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from ._matrix import LearnedAt, NanPolicy, at_learning, mark, masked_mean
+from ._matrix import (
+    Average,
+    LearnedAt,
+    NanPolicy,
+    Table,
+    as_double,
+    check_choice,
+    masked_extreme,
+    nan_like,
+    read_matrix,
+)
 
 
-def _row_accuracy(matrix: Tensor, learned_at: LearnedAt, nan_policy: NanPolicy, weights: Tensor | None) -> Tensor:
-    """Accuracy over the tasks seen at each row, ``(..., rows)``."""
-    marked = mark(matrix, learned_at)
-    if weights is None:
-        return masked_mean(marked.values, marked.seen, nan_policy)
-    sizes = torch.as_tensor(weights, dtype=torch.float64, device=marked.values.device)
-    counted = marked.seen & ~marked.values.isnan() if nan_policy == "omit" else marked.seen
-    total = torch.where(counted, marked.values * sizes, torch.zeros_like(marked.values)).sum(-1)
-    return total / (counted * sizes).sum(-1)
+def accuracy_matrix(correct: Tensor, total: Tensor) -> Tensor:
+    """Counts to accuracies.
+
+    Args:
+        correct: right predictions ``(..., rows, tasks)``.
+        total: test samples, same shape; 0 or less marks a cell that was not measured.
+
+    Returns:
+        Accuracy ``(..., rows, tasks)`` float64 in [0, 1], NaN where not measured.
+
+    Example:
+        >>> accuracy_matrix(torch.tensor([[9, 0], [7, 8]]), torch.tensor([[10, 0], [10, 10]]))
+        tensor([[0.9000,    nan],
+                [0.7000, 0.8000]], dtype=torch.float64)
+    """
+    right, samples = as_double(correct), as_double(total)
+    return torch.where(samples > 0, right / samples, torch.nan)
+
+
+def _row_means(table: Table, rows: Tensor, average: Average) -> Tensor:
+    """Mean over the tasks seen at each of ``rows`` ``(..., len(rows))``."""
+    check_choice("average", average, ("macro", "micro"))
+    values = table.cells[..., rows, :]
+    if average == "micro" and table.weights is None:
+        return torch.full_like(values[..., 0], torch.nan)
+    weights = table.weights[..., rows, :] if average == "micro" and table.weights is not None else None
+    return table.mean(values, table.learned[None, :] <= rows[:, None], weights)
+
+
+def row_accuracy(table: Table, row: int, average: Average = "macro") -> Tensor:
+    """Mean over the tasks seen at ``row``; the micro mean without counts is undefined."""
+    if table.rows == 0:
+        return nan_like(table.cells)
+    return _row_means(table, torch.tensor([row % table.rows], device=table.cells.device), average)[..., 0]
 
 
 def average_accuracy(
     matrix: Tensor,
     *,
     learned_at: LearnedAt = None,
-    average: Literal["macro", "micro"] = "macro",
+    initial: Tensor | None = None,
+    average: Average = "macro",
     n_test: Tensor | None = None,
     nan_policy: NanPolicy = "propagate",
 ) -> Tensor:
-    """Mean over the tasks seen of the accuracy at the last row (ACC, "last", A_B).
+    """Mean over seen tasks of the last row.
 
     Args:
-        matrix: ``(..., rows, tasks)`` in [0, 1].
-        learned_at: row at which each task was learned, None in it for never; None for row j and task j.
-        average: "macro" weighs tasks equally, "micro" by their number of test samples.
-        n_test: test samples ``(tasks,)``, for "micro".
-        nan_policy: for a missing cell that counts: "propagate" gives NaN, "omit" leaves it out, "raise" refuses.
+        matrix: accuracy ``(..., rows, tasks)`` in [0, 1], NaN where not measured.
+        learned_at: row at which each column was learned, None or -1 for never; None for column j at row j.
+        initial: accuracy before any training; not read here.
+        average: ``"macro"`` weights tasks equally, ``"micro"`` by their test samples.
+        n_test: test samples ``(tasks,)`` or ``(..., rows, tasks)``; ``"micro"`` is undefined without them.
+        nan_policy: what a cell that is read and missing does: ``"propagate"``, ``"omit"`` or ``"raise"``.
 
     Returns:
-        ``(...)`` float64 in [0, 1], higher is better; NaN when nothing was learned.
-
-    Raises:
-        ValueError: for faulty arguments.
+        ``(...)`` float64 in [0, 1], higher is better; NaN when nothing was seen.
 
     Example:
-        >>> average_accuracy(torch.tensor([[0.9, 0.0], [0.6, 0.8]]))
-        tensor(0.7000, dtype=torch.float64)
+        >>> average_accuracy(torch.tensor([[0.9, 0.3], [0.7, 0.8]]))
+        tensor(0.7500, dtype=torch.float64)
     """
-    return accuracy_curve(matrix, learned_at=learned_at, average=average, n_test=n_test, nan_policy=nan_policy)[..., -1]
+    return row_accuracy(read_matrix(matrix, learned_at, initial, nan_policy, n_test), -1, average)
 
 
 def accuracy_curve(
     matrix: Tensor,
     *,
     learned_at: LearnedAt = None,
-    average: Literal["macro", "micro"] = "macro",
+    initial: Tensor | None = None,
+    average: Average = "macro",
     n_test: Tensor | None = None,
     nan_policy: NanPolicy = "propagate",
 ) -> Tensor:
-    """:func:`average_accuracy` at every row, ``(..., rows)``."""
-    if average not in ("macro", "micro"):
-        raise ValueError(f"`average` must be macro or micro, got {average!r}")
-    if average == "micro" and n_test is None:
-        raise ValueError("`n_test` must be given for average='micro', got None")
-    return _row_accuracy(matrix, learned_at, nan_policy, n_test if average == "micro" else None)
+    """Average accuracy at each boundary ``(..., boundaries)``. Arguments as for :func:`average_accuracy`.
+
+    Example:
+        >>> accuracy_curve(torch.tensor([[0.9, 0.3], [0.7, 0.8]]))
+        tensor([0.9000, 0.7500], dtype=torch.float64)
+    """
+    table = read_matrix(matrix, learned_at, initial, nan_policy, n_test)
+    return _row_means(table, table.boundaries, average)
 
 
 def average_incremental_accuracy(
     matrix: Tensor,
     *,
     learned_at: LearnedAt = None,
-    average: Literal["macro", "micro"] = "macro",
+    initial: Tensor | None = None,
+    average: Average = "macro",
     n_test: Tensor | None = None,
     nan_policy: NanPolicy = "propagate",
 ) -> Tensor:
-    """Mean over the rows at which a task was learned of the accuracy over the tasks seen there (AIA, iCaRL).
+    """Mean over boundaries of the average accuracy there, in [0, 1], higher is better.
 
-    Args and returns as :func:`average_accuracy`.
+    Arguments as for :func:`average_accuracy`. The class-incremental literature mostly uses ``average="micro"``; the two
+    agree when every task has equally many test samples.
 
     Example:
-        >>> average_incremental_accuracy(torch.tensor([[0.9, 0.0], [0.6, 0.8]]))
-        tensor(0.8000, dtype=torch.float64)
+        >>> average_incremental_accuracy(torch.tensor([[0.9, 0.3], [0.7, 0.8]]))
+        tensor(0.8250, dtype=torch.float64)
     """
-    curve = accuracy_curve(matrix, learned_at=learned_at, average=average, n_test=n_test, nan_policy=nan_policy)
-    return masked_mean(curve, mark(matrix, learned_at).boundary, nan_policy)
+    table = read_matrix(matrix, learned_at, initial, nan_policy, n_test)
+    curve = _row_means(table, table.boundaries, average)
+    return table.mean(curve, torch.ones_like(table.boundaries, dtype=torch.bool))
 
 
 def accuracy_over_time(
-    matrix: Tensor, *, learned_at: LearnedAt = None, nan_policy: NanPolicy = "propagate"
+    matrix: Tensor, *, learned_at: LearnedAt = None, initial: Tensor | None = None, nan_policy: NanPolicy = "propagate"
 ) -> Tensor:
-    """Mean of all cells whose row learned a task and whose task is seen there (A of Diaz-Rodriguez et al., 2018).
+    """Mean over all cells at boundaries whose task is seen, in [0, 1], higher is better.
+
+    Weights late rows more than :func:`average_incremental_accuracy` does. Arguments as for :func:`average_accuracy`.
 
     Example:
-        >>> accuracy_over_time(torch.tensor([[0.9, 0.0], [0.6, 0.9]]))
+        >>> accuracy_over_time(torch.tensor([[0.9, 0.3], [0.7, 0.8]]))
         tensor(0.8000, dtype=torch.float64)
     """
-    marked = mark(matrix, learned_at)
-    return masked_mean(marked.values, marked.seen & marked.boundary[:, None], nan_policy, dim=(-2, -1))
+    table = read_matrix(matrix, learned_at, initial, nan_policy)
+    return table.mean_cells(table.cells, table.at_boundary & (table.learned <= table.row_index))
 
 
-def learning_accuracy(matrix: Tensor, *, learned_at: LearnedAt = None, nan_policy: NanPolicy = "propagate") -> Tensor:
-    """Mean over the tasks seen of the accuracy right after learning the task (LA, plasticity).
+def learning_accuracy(
+    matrix: Tensor, *, learned_at: LearnedAt = None, initial: Tensor | None = None, nan_policy: NanPolicy = "propagate"
+) -> Tensor:
+    """Mean over seen tasks of the accuracy right after learning, in [0, 1], higher is better.
+
+    Arguments as for :func:`average_accuracy`.
 
     Example:
-        >>> learning_accuracy(torch.tensor([[0.9, 0.0], [0.6, 0.7]]))
-        tensor(0.8000, dtype=torch.float64)
+        >>> learning_accuracy(torch.tensor([[0.9, 0.3], [0.7, 0.8]]))
+        tensor(0.8500, dtype=torch.float64)
     """
-    marked = mark(matrix, learned_at)
-    return masked_mean(at_learning(marked), marked.seen[-1], nan_policy)
+    table = read_matrix(matrix, learned_at, initial, nan_policy)
+    return table.mean(table.diagonal, table.seen)
+
+
+def plasticity(
+    matrix: Tensor, *, learned_at: LearnedAt = None, initial: Tensor | None = None, nan_policy: NanPolicy = "propagate"
+) -> Tensor:
+    """The same as :func:`learning_accuracy`, under the name that goes with :func:`stability`.
+
+    Example:
+        >>> plasticity(torch.tensor([[0.9, 0.3], [0.7, 0.8]]))
+        tensor(0.8500, dtype=torch.float64)
+    """
+    return learning_accuracy(matrix, learned_at=learned_at, initial=initial, nan_policy=nan_policy)
 
 
 def worst_task_accuracy(
-    matrix: Tensor, *, learned_at: LearnedAt = None, nan_policy: NanPolicy = "propagate"
+    matrix: Tensor, *, learned_at: LearnedAt = None, initial: Tensor | None = None, nan_policy: NanPolicy = "propagate"
 ) -> Tensor:
-    """Least accuracy at the last row among the tasks seen.
+    """Smallest entry of the last row over seen tasks, in [0, 1], higher is better.
+
+    Arguments as for :func:`average_accuracy`.
 
     Example:
-        >>> worst_task_accuracy(torch.tensor([[0.9, 0.0], [0.6, 0.7]]))
-        tensor(0.6000, dtype=torch.float64)
+        >>> worst_task_accuracy(torch.tensor([[0.9, 0.3], [0.7, 0.8]]))
+        tensor(0.7000, dtype=torch.float64)
     """
-    marked = mark(matrix, learned_at)
-    masked_mean(marked.values[..., -1, :], marked.seen[-1], nan_policy)  # refuses what the policy refuses
-    row, seen = marked.values[..., -1, :], marked.seen[-1]
-    missing = seen & row.isnan()
-    least = torch.where(seen & ~missing, row, torch.inf).amin(-1)
-    undefined = ~(seen & ~missing).any(-1) | (missing.any(-1) if nan_policy != "omit" else False)
-    return torch.where(undefined, torch.nan, least)
+    table = read_matrix(matrix, learned_at, initial, nan_policy)
+    if table.rows == 0:
+        return nan_like(table.cells)
+    return masked_extreme(table.final, table.seen, nan_policy, largest=False)
+
+
+def stability(
+    matrix: Tensor, *, learned_at: LearnedAt = None, initial: Tensor | None = None, nan_policy: NanPolicy = "propagate"
+) -> Tensor:
+    """Mean over old tasks of the last row, in [0, 1], higher is better; NaN with one task.
+
+    Arguments as for :func:`average_accuracy`.
+
+    Example:
+        >>> stability(torch.tensor([[0.9, 0.3], [0.7, 0.8]]))
+        tensor(0.7000, dtype=torch.float64)
+    """
+    table = read_matrix(matrix, learned_at, initial, nan_policy)
+    return table.mean(table.final, table.old) if table.rows else nan_like(table.cells)
+
+
+def stability_plasticity(
+    matrix: Tensor, *, learned_at: LearnedAt = None, initial: Tensor | None = None, nan_policy: NanPolicy = "propagate"
+) -> Tensor:
+    """Harmonic mean of :func:`stability` and :func:`plasticity`, 0 when both are 0; NaN with one task.
+
+    Example:
+        >>> stability_plasticity(torch.tensor([[0.9, 0.3], [0.7, 0.8]]))
+        tensor(0.7677, dtype=torch.float64)
+    """
+    old = stability(matrix, learned_at=learned_at, initial=initial, nan_policy=nan_policy)
+    new = plasticity(matrix, learned_at=learned_at, initial=initial, nan_policy=nan_policy)
+    return harmonic_mean(old, new)
+
+
+def harmonic_mean(first: Tensor, second: Tensor) -> Tensor:
+    """``2ab/(a+b)``, 0 when both are 0."""
+    total = first + second
+    return torch.where(total == 0, 0.0, 2 * first * second / total)

@@ -1,94 +1,195 @@
-"""Forward transfer: what earlier tasks gave to a task before it was learned, and the MTIL numbers.
+"""Backward and forward transfer.
 
-    FWT                 mean over tasks j after the first of R[prev(j), j] - R_initial[j]     (Lopez-Paz and Ranzato, 2017)
-      baseline=False    without subtracting the initial accuracy
-      scheme="triangle" mean of all cells before learning                                     (Diaz-Rodriguez et al., 2018)
-    transfer            mean over tasks of the mean over rows before learning                 (ZSCL's MTIL)
+* ``backward_transfer``: mean over old tasks of ``R[last, j] - R[l(j), j]`` (Lopez-Paz and Ranzato 2017,
+  arXiv:1706.08840); with ``scheme="running"`` at every boundary (Diaz-Rodriguez et al. 2018, arXiv:1810.13166);
+* ``forward_transfer``: mean over tasks after the first of ``R[prev(j), j] - initial[j]`` (Lopez-Paz and Ranzato 2017);
+  with ``scheme="triangle"`` all cells before learning, without a baseline (Diaz-Rodriguez et al. 2018);
+* ``mtil_scores``: transfer, average and last of multi-domain task-incremental learning (Zheng et al. 2023).
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ._matrix import NEVER, LearnedAt, NanPolicy, mark, masked_mean
+from ._matrix import LearnedAt, NanPolicy, check_choice, nan_like, read_matrix
+from .forgetting import forgetting_curve
+
+BackwardScheme: TypeAlias = Literal["final", "running"]
+ForwardScheme: TypeAlias = Literal["previous", "triangle"]
+
+
+def backward_transfer(
+    matrix: Tensor,
+    *,
+    learned_at: LearnedAt = None,
+    initial: Tensor | None = None,
+    scheme: BackwardScheme = "final",
+    nan_policy: NanPolicy = "propagate",
+) -> Tensor:
+    """What later training did to tasks learned before: accuracy minus accuracy right after learning.
+
+    Args:
+        matrix: accuracy ``(..., rows, tasks)`` in [0, 1], NaN where not measured.
+        learned_at: row at which each column was learned, None or -1 for never; None for column j at row j.
+        initial: accuracy before any training; not read here.
+        scheme: ``"final"`` compares the last row, ``"running"`` averages over all boundaries and their old tasks.
+        nan_policy: what a cell that is read and missing does: ``"propagate"``, ``"omit"`` or ``"raise"``.
+
+    Returns:
+        ``(...)`` float64 in [-1, 1], higher is better; NaN without an old task.
+
+    Example:
+        >>> backward_transfer(torch.tensor([[0.9, 0.3, 0.2], [0.7, 0.8, 0.2], [0.5, 0.6, 0.9]]))
+        tensor(-0.3000, dtype=torch.float64)
+    """
+    check_choice("scheme", scheme, ("final", "running"))
+    table = read_matrix(matrix, learned_at, initial, nan_policy)
+    if table.rows == 0:
+        return nan_like(table.cells)
+    if scheme == "final":
+        return table.mean(table.final - table.diagonal, table.old)
+    change = table.cells - table.diagonal[..., None, :]
+    return table.mean_cells(change, table.at_boundary & (table.learned < table.row_index))
+
+
+def backward_transfer_curve(
+    matrix: Tensor, *, learned_at: LearnedAt = None, initial: Tensor | None = None, nan_policy: NanPolicy = "propagate"
+) -> Tensor:
+    """Backward transfer at each boundary ``(..., boundaries)``, NaN at the first.
+
+    Example:
+        >>> backward_transfer_curve(torch.tensor([[0.9, 0.3, 0.2], [0.7, 0.8, 0.2], [0.5, 0.6, 0.9]]))
+        tensor([    nan, -0.2000, -0.3000], dtype=torch.float64)
+    """
+    return -forgetting_curve(matrix, learned_at=learned_at, initial=initial, peak="learned", nan_policy=nan_policy)
+
+
+def positive_backward_transfer(
+    matrix: Tensor, *, learned_at: LearnedAt = None, initial: Tensor | None = None, nan_policy: NanPolicy = "propagate"
+) -> Tensor:
+    """``max(BWT, 0)`` of the running backward transfer (BWT+), in [0, 1]; NaN without an old task.
+
+    Example:
+        >>> positive_backward_transfer(torch.tensor([[0.6, 0.4], [0.7, 0.8]]))
+        tensor(0.1000, dtype=torch.float64)
+    """
+    value = backward_transfer(matrix, learned_at=learned_at, initial=initial, scheme="running", nan_policy=nan_policy)
+    return value.clamp(min=0.0)
+
+
+def remembering(
+    matrix: Tensor, *, learned_at: LearnedAt = None, initial: Tensor | None = None, nan_policy: NanPolicy = "propagate"
+) -> Tensor:
+    """``1 - abs(min(BWT, 0))`` of the running backward transfer (REM), in [0, 1]; NaN without an old task.
+
+    Example:
+        >>> remembering(torch.tensor([[0.9, 0.4], [0.7, 0.8]]))
+        tensor(0.8000, dtype=torch.float64)
+    """
+    value = backward_transfer(matrix, learned_at=learned_at, initial=initial, scheme="running", nan_policy=nan_policy)
+    return 1.0 + value.clamp(max=0.0)
 
 
 def forward_transfer(
     matrix: Tensor,
     *,
-    initial: Tensor | None = None,
     learned_at: LearnedAt = None,
-    scheme: Literal["previous", "triangle"] = "previous",
-    baseline: bool = True,
+    initial: Tensor | None = None,
+    scheme: ForwardScheme = "previous",
+    baseline: Literal["initial"] | None = "initial",
     nan_policy: NanPolicy = "propagate",
 ) -> Tensor:
-    """Accuracy on tasks just before they are learned, above that of the untrained model.
+    """What earlier tasks did for a task before it was learned.
 
     Args:
-        matrix: ``(..., rows, tasks)`` in [0, 1]; the cells before learning must be measured.
-        initial: accuracy ``(..., tasks)`` before any training.
-        learned_at: row at which each task was learned; None for row j and task j.
-        scheme: "previous" reads the last boundary before learning, "triangle" all rows before learning.
-        baseline: subtract ``initial``; for "previous" alone.
-        nan_policy: for a missing cell that counts: "propagate", "omit" or "raise".
+        matrix: accuracy ``(..., rows, tasks)`` in [0, 1], NaN where not measured.
+        learned_at: row at which each column was learned, None or -1 for never; None for column j at row j.
+        initial: accuracy before any training ``(..., tasks)``; undefined without it unless ``baseline=None``.
+        scheme: ``"previous"`` reads the boundary before learning, ``"triangle"`` all boundaries before it,
+            without a baseline.
+        baseline: ``"initial"`` subtracts the initial row, None subtracts nothing (zero-shot accuracy of the next task).
+        nan_policy: what a cell that is read and missing does: ``"propagate"``, ``"omit"`` or ``"raise"``.
 
     Returns:
-        ``(...)`` float64 in [-1, 1], higher is better; NaN with a single task, and without ``initial`` where it is needed.
+        ``(...)`` float64 in [-1, 1], higher is better; NaN with one task, without an initial row, or when a task
+        was not evaluated before it was learned.
 
     Example:
-        >>> matrix = torch.tensor([[0.9, 0.3], [0.6, 0.8]])
-        >>> forward_transfer(matrix, initial=torch.tensor([0.1, 0.2]))
-        tensor(0.1000, dtype=torch.float64)
+        >>> matrix = torch.tensor([[0.9, 0.3], [0.7, 0.8]])
+        >>> forward_transfer(matrix, initial=torch.tensor([0.1, 0.1]))
+        tensor(0.2000, dtype=torch.float64)
+        >>> forward_transfer(matrix)
+        tensor(nan, dtype=torch.float64)
     """
-    if scheme not in ("previous", "triangle"):
-        raise ValueError(f"`scheme` must be previous or triangle, got {scheme!r}")
-    marked = mark(matrix, learned_at)
-    rows = marked.values.shape[-2]
-    index = torch.arange(rows, device=marked.values.device)[:, None]
-    reached = marked.learned < rows
+    check_choice("scheme", scheme, ("previous", "triangle"))
+    check_choice("baseline", baseline, ("initial", None))
+    table = read_matrix(matrix, learned_at, initial, nan_policy)
     if scheme == "triangle":
-        before = (index < marked.learned) & reached & marked.boundary[:, None]
-        return masked_mean(marked.values, before, nan_policy, dim=(-2, -1))
-    previous = torch.where(marked.boundary[:, None] & (index < marked.learned), index, -1).amax(0)
-    counted = reached & (previous >= 0) & (marked.learned < NEVER)
-    at = previous.clamp_min(0).expand(*marked.values.shape[:-2], 1, -1)
-    term = marked.values.gather(-2, at)[..., 0, :]
-    if baseline:
-        if initial is None:
-            return torch.full(marked.values.shape[:-2], torch.nan, dtype=torch.float64, device=term.device)
-        term = term - torch.as_tensor(initial, dtype=torch.float64, device=term.device)
-    return masked_mean(term, counted, nan_policy)
+        return table.mean_cells(table.cells, table.at_boundary & (table.row_index < table.learned) & table.seen)
+    if table.rows == 0 or (baseline == "initial" and table.initial is None):
+        return nan_like(table.cells)
+    gain = table.at(table.previous)
+    if baseline == "initial" and table.initial is not None:
+        gain = gain - table.initial
+    return table.mean(gain, table.previous >= 0)
 
 
 def transfer_accuracy(
     matrix: Tensor,
     *,
     learned_at: LearnedAt = None,
+    initial: Tensor | None = None,
     order: Literal["column", "row"] = "column",
     nan_policy: NanPolicy = "propagate",
 ) -> Tensor:
-    """Accuracy on tasks that are not learned yet, the initial row not counted (MTIL and X-TAIL "Transfer").
+    """Zero-shot accuracy on tasks before they are learned, in [0, 1], higher is better.
 
     Args:
-        matrix: ``(..., rows, tasks)`` in [0, 1].
-        learned_at: row at which each task was learned; None for row j and task j.
-        order: "column" averages a task's rows first, as ZSCL does, "row" a row's tasks first.
-        nan_policy: for a missing cell that counts: "propagate", "omit" or "raise".
-
-    Returns:
-        ``(...)`` float64 in [0, 1], higher is better; NaN with a single task.
+        matrix: accuracy ``(..., rows, tasks)`` in [0, 1], NaN where not measured; every row counts.
+        learned_at: row at which each column was learned, None or -1 for never; None for column j at row j.
+        initial: accuracy before any training; no part of the mean.
+        order: ``"column"`` averages over rows within each task first, ``"row"`` over tasks within each row first.
+        nan_policy: what a cell that is read and missing does: ``"propagate"``, ``"omit"`` or ``"raise"``.
 
     Example:
-        >>> transfer_accuracy(torch.tensor([[0.9, 0.3, 0.2], [0.7, 0.8, 0.4], [0.6, 0.7, 0.9]]))
+        >>> transfer_accuracy(torch.tensor([[0.9, 0.3, 0.2], [0.7, 0.8, 0.4], [0.5, 0.6, 0.9]]))
         tensor(0.3000, dtype=torch.float64)
     """
-    if order not in ("column", "row"):
-        raise ValueError(f"`order` must be column or row, got {order!r}")
-    marked = mark(matrix, learned_at)
-    before = ~marked.seen
-    dim = -2 if order == "column" else -1
-    means = masked_mean(marked.values, before, nan_policy, dim=dim)
-    return masked_mean(means, before.any(dim), nan_policy)
+    check_choice("order", order, ("column", "row"))
+    table = read_matrix(matrix, learned_at, initial, nan_policy)
+    mask = table.row_index < table.learned  # (rows, tasks)
+    table.check(table.cells, mask)
+    values = table.cells
+    if order == "column":
+        values, mask = values.mT, mask.mT
+    inner = table.mean(values, mask)
+    counts = mask.any(-1).expand(inner.shape)
+    if nan_policy == "omit":
+        counts = counts & ~inner.isnan()
+    return table.mean(inner, counts)
+
+
+def mtil_scores(
+    matrix: Tensor, *, learned_at: LearnedAt = None, initial: Tensor | None = None, nan_policy: NanPolicy = "propagate"
+) -> dict[str, Tensor]:
+    """The three scores of multi-domain streams (MTIL, X-TAIL), each in [0, 1], higher is better.
+
+    Returns:
+        ``"transfer"`` as :func:`transfer_accuracy`, ``"average"`` over all cells given, ``"last"`` over all columns of
+        the last row; the initial row is in none of them.
+
+    Example:
+        >>> scores = mtil_scores(torch.tensor([[0.9, 0.3], [0.7, 0.8]]))
+        >>> {name: round(float(value), 3) for name, value in scores.items()}
+        {'transfer': 0.3, 'average': 0.675, 'last': 0.75}
+    """
+    table = read_matrix(matrix, learned_at, initial, nan_policy)
+    every = torch.ones_like(table.seen)
+    return {
+        "transfer": transfer_accuracy(matrix, learned_at=learned_at, initial=initial, nan_policy=nan_policy),
+        "average": table.mean_cells(table.cells, every.expand(table.rows, -1)),
+        "last": table.mean(table.final, every) if table.rows else nan_like(table.cells),
+    }

@@ -57,7 +57,7 @@ class Forgetting(MatrixMetric):
     Args:
         n_tasks: number of tasks.
         since: "learned" or "start": where the peak is looked for.
-        peak: "best" accuracy, or the one right after learning ("learned").
+        peak: "max" accuracy, or the one right after learning ("learned").
         clip: count gains as 0.
         normalize: "peak" divides by the peak.
         reduction: "mean" or "max" over the old tasks.
@@ -76,7 +76,7 @@ class Forgetting(MatrixMetric):
         n_tasks: int,
         *,
         since: Literal["learned", "start"] = "learned",
-        peak: Literal["best", "learned"] = "best",
+        peak: Literal["max", "learned"] = "max",
         clip: bool = False,
         normalize: Literal["peak"] | None = None,
         reduction: Literal["mean", "max"] = "mean",
@@ -170,7 +170,11 @@ class ForwardTransfer(MatrixMetric):
     def value(self, matrix: Tensor) -> Tensor:
         """:func:`cl_plugins.functional.forward_transfer`."""
         return F.forward_transfer(
-            matrix, initial=self.initial, learned_at=self.learned_at, baseline=self.baseline, scheme=self.scheme
+            matrix,
+            initial=self.initial,
+            learned_at=self.learned_at,
+            baseline="initial" if self.baseline else None,
+            scheme=self.scheme,
         )
 
     def _reason(self, matrix: Tensor) -> str:

@@ -1,4 +1,4 @@
-"""Recipes: what a method needs beside its callbacks (optimizer, learning rate, epochs), as data, one YAML file a method.
+"""Recipes: what a method needs beside its callbacks (optimizer, learning rate, epochs), one YAML file a method.
 
 A file holds ``description``, ``callbacks`` (a list of ``class`` and ``init``), training settings (fields of
 :class:`~cl_plugins.recipes.Recipe`) and ``scenarios`` with settings that replace the general ones there.
@@ -57,7 +57,9 @@ class Recipe:
         for name, allowed in (("optimizer", ("adam", "adamw", "sgd")), ("schedule", ("constant", "cosine", "ovor"))):
             value = getattr(self, name)
             if value not in allowed:
-                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {value!r}{did_you_mean(value, allowed)}")
+                raise ValueError(
+                    f"`{name}` must be one of {', '.join(allowed)}, got {value!r}{did_you_mean(value, allowed)}"
+                )
         for name in ("epochs", "batch_size"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
@@ -98,7 +100,8 @@ def with_options(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
     """The recipe with some settings replaced: a field of :class:`Recipe`, or an argument of a callback.
 
     An option such as ``lr`` is a setting; ``head_epochs`` goes to every callback of the recipe that takes it,
-    ``OVOR.head_epochs`` to that class alone, and ``outliers.noise_scale`` into the mapping that is the argument ``outliers``.
+    ``OVOR.head_epochs`` to that class alone, and ``outliers.noise_scale`` into the mapping that is the argument
+    ``outliers``.
 
     Raises:
         ValueError: for an option that nothing takes.

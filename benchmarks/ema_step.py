@@ -1,0 +1,102 @@
+"""Cost of one step of balanced averaging, beside torch's own multi-tensor moving average on the same tensors.
+
+    python benchmarks/ema_step.py                   # a few seconds on a CPU
+    python benchmarks/ema_step.py --device cuda --scale 16
+
+Columns: `interpolation` is the averaging itself (one E <- E + alpha (theta - E) over all tensors), to be compared with
+torch; `whole step` adds what the balanced rule needs beyond it: three L1 sums, two differences, one copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from cl_plugins.ema import BalancedAverager
+from cl_plugins.tensor_lists import interpolate_
+
+LORA = "24 layers x 7 projections, rank 16, width 512"
+SMALL = "160 tensors of 4,096 elements"
+
+
+def shapes(kind: str, scale: int) -> list[tuple[int, ...]]:
+    if kind == SMALL:
+        return [(64, 64 * scale)] * 160
+    return [s for _ in range(24 * 7) for s in ((16, 512 * scale), (512 * scale, 16))]
+
+
+def milliseconds(step: Callable[[], object], device: str, repeats: int) -> float:
+    """Median over repeats, each between two points where the device is idle."""
+    times = []
+    for _ in range(repeats + 3):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return 1e3 * sorted(times[3:])[repeats // 2]
+
+
+def measure(kind: str, device: str, scale: int, repeats: int) -> dict[str, float]:
+    g = torch.Generator().manual_seed(0)
+    weights = [torch.randn(s, generator=g).to(device) for s in shapes(kind, scale)]
+    grads = [0.01 * torch.randn(s, generator=g).to(device) for s in shapes(kind, scale)]
+    other = [0.01 * torch.randn(s, generator=g).to(device) for s in shapes(kind, scale)]
+    averages: list[Tensor] = [w + 0.1 for w in weights]
+    theirs = get_ema_multi_avg_fn(0.99)
+    alpha = torch.full((len(weights),), 0.01, device=device)
+    averager = BalancedAverager()
+    averager.join([str(i) for i in range(len(weights))], [w + 0.1 for w in weights])
+    turn = [grads, other]
+
+    def whole() -> None:
+        turn.reverse()
+        averager.update(weights, turn[0])
+
+    def loop() -> None:
+        """The arithmetic of the rule tensor by tensor, with a host synchronization each."""
+        for e, w, q, d in zip(averages, weights, grads, other, strict=True):
+            a, b, c = (w - e).abs().sum(), d.abs().sum(), (d - q).abs().sum()
+            weight = float(2 * (1 + b) / (a * c))
+            e.mul_(1 - weight).add_(w, alpha=weight) if 0 < weight < 1 else e.mul_(0.99).add_(w, alpha=0.01)
+
+    with torch.no_grad():
+        numbers = {
+            "torch": milliseconds(lambda: theirs(averages, weights, 1), device, repeats),
+            "interpolation": milliseconds(lambda: interpolate_(averages, weights, alpha), device, repeats),
+            "whole": milliseconds(whole, device, repeats),
+            "loop": milliseconds(loop, device, repeats),
+        }
+    numbers["elements"] = sum(w.numel() for w in weights)
+    numbers["bytes per element"] = averager.state_bytes() / numbers["elements"]
+    return numbers
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--scale", type=int, default=1, help="widens every tensor")
+    parser.add_argument("--repeats", type=int, default=31)
+    arguments = parser.parse_args()
+    print(f"torch {torch.__version__}, {arguments.device}, {torch.get_num_threads()} threads, milliseconds (median)")
+    print(
+        f"{'tensors':<48}{'elements':>12}{'torch':>9}{'interpolation':>15}{'ratio':>7}{'whole step':>12}{'loop':>9}{'B/elem':>8}"
+    )
+    for kind in (SMALL, LORA):
+        m = measure(kind, arguments.device, arguments.scale, arguments.repeats)
+        ratio = m["interpolation"] / m["torch"]
+        print(
+            f"{kind:<48}{int(m['elements']):>12,}{m['torch']:>9.2f}{m['interpolation']:>15.2f}{ratio:>7.2f}"
+            f"{m['whole']:>12.2f}{m['loop']:>9.2f}{m['bytes per element']:>8.1f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

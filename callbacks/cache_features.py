@@ -1,0 +1,135 @@
+"""A cache in front of a frozen backbone: each sample passes through it once, not once an epoch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from cl_plugins.backbones import find_backbone
+from cl_plugins.cached_stream import CachedStream
+from cl_plugins.feature_cache import FeatureCache
+from cl_plugins.heads import find_head
+from cl_plugins.plugin import ContinualCallback, Row
+from cl_plugins.taps import backbone_taps
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+    from cl_plugins.result import StreamResult
+    from cl_plugins.task import Stream, Task
+
+_METHODS = ("train_dataloader", "test_loader", "train_loader_for_features")
+
+
+class CacheFeatures(ContinualCallback):
+    """Computes a frozen backbone's feature, and the taps that side networks read, once per sample and view.
+
+    Beside any method that freezes everything in front of the classifier: ``[LadderSideTuning(), CacheFeatures()]``,
+    ``[FrozenBackbone(), CacheFeatures()]``, ``[NearestMean(), CacheFeatures()]``. Epochs after the first, and evaluations
+    of earlier tasks, never run the backbone.
+
+    WHEN: replaces the stream's loaders at the start of the stream by ones that give row ids, and fills a split when it is
+    first asked for; sets the loaders back at the end. The module must hand its input to the backbone as it is.
+
+    Args:
+        folder: keeps entries for later runs; None keeps them for this one.
+        byte_budget: bytes held in memory; entries beyond it are memory-mapped.
+        dtype: of stored values: "float16" or "bfloat16" halve the size, None stores what was computed.
+        views: augmentation seeds per training sample; epoch ``e`` sees view ``e mod views``.
+        keep_training_data: keep a finished task's training entry, for methods that rehearse it.
+        progress: show a bar while a split is filled.
+        backbone: dotted name of the transformer, for modules with several.
+        head: dotted name of the classifier, for modules where it cannot be told.
+
+    Raises:
+        ValueError: for faulty numbers, or when ``folder`` holds entries of other weights or another transform.
+        RuntimeError: when something in front of the classifier still trains, or with several processes.
+
+    Example:
+        >>> CacheFeatures(byte_budget=1 << 30, dtype="float16").cache.dtype
+        torch.float16
+    """
+
+    training: ClassVar[Literal["required", "none", "neutral"]] = "neutral"
+
+    def __init__(
+        self,
+        folder: str | Path | None = None,
+        *,
+        byte_budget: int = 2 << 30,
+        dtype: Literal["float32", "float16", "bfloat16"] | None = None,
+        views: int = 1,
+        keep_training_data: bool = False,
+        progress: bool = True,
+        backbone: str | None = None,
+        head: str | None = None,
+    ) -> None:
+        super().__init__()
+        if dtype not in (None, "float32", "float16", "bfloat16"):
+            raise ValueError(f"`dtype` must be 'float32', 'float16', 'bfloat16' or None, got {dtype!r}")
+        if views < 1:
+            raise ValueError(f"`views` must be 1 or more, got {views!r}")
+        stored: torch.dtype | None = None if dtype is None else getattr(torch, dtype)
+        self.cache = FeatureCache(folder, byte_budget=byte_budget, dtype=stored, progress=progress)
+        self.views, self.keep_training_data = views, keep_training_data
+        self.backbone, self.head = backbone, head
+        self._source: CachedStream | None = None
+
+    def _find(self, module: nn.Module) -> tuple[Any, nn.Linear]:
+        found = find_backbone(module, self.backbone)
+        return found, find_head(module, found, self.head)[1]
+
+    def install(self, module: nn.Module) -> None:
+        """Tap the backbone."""
+        backbone_taps(module, *self._find(module))
+
+    def open(self, module: nn.Module, stream: Stream, **options: Any) -> CachedStream:
+        """The stream's loaders over the cache; for hand-written loops.
+
+        Args:
+            module: its backbone and everything else in front of the classifier must be frozen.
+            stream: gives the images.
+            **options: of :class:`cl_plugins.cached_stream.CachedStream`.
+        """
+        return CachedStream(module, *self._find(module), stream, self.cache, views=self.views, **options)
+
+    def on_stream_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stream: Stream) -> None:
+        """Put the cache in front of the stream's loaders."""
+        if trainer.world_size > 1:
+            raise RuntimeError(
+                f"`CacheFeatures` works in one process, got {trainer.world_size}; leave it out, or use one device"
+            )
+        self._restore()
+        self._source = self.open(pl_module, stream, context=trainer.precision_plugin.forward_context)
+        for name in _METHODS:
+            setattr(stream, name, getattr(self._source, name))
+
+    def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
+        """Bring the module to the device on which the evaluation fills its splits."""
+        super().on_task_end(trainer, pl_module, task)
+        pl_module.to(trainer.strategy.root_device)
+
+    def on_row(self, trainer: pl.Trainer, pl_module: pl.LightningModule, row: Row) -> None:
+        """Release the finished task's training data."""
+        if self._source is not None and row.after >= 0 and not self.keep_training_data:
+            for split in (f"train-{row.after}", f"features-{row.after}"):
+                self._source.forget(split)
+
+    def on_stream_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, result: StreamResult) -> None:
+        """Give the stream its own loaders back and free the memory."""
+        self._restore()
+        self.cache.close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Give the stream its own loaders back."""
+        self._restore()
+
+    def _restore(self) -> None:
+        source, self._source = self._source, None
+        if source is not None:
+            for name in _METHODS:
+                vars(source.stream).pop(name, None)
+            source.taps.reader = None

@@ -1,0 +1,311 @@
+"""Loaders that give rows of a feature cache in place of images, for any module whose backbone is frozen.
+
+A batch holds row ids, an int64 vector, where the images were. The module passes it on to its backbone, whose tap
+(:class:`cl_plugins.taps.BackboneTaps`) answers with the stored taps and feature. So side networks, closed-form heads, head
+tuning and evaluation all run on the cache, and the user's module stays as it is.
+
+    row id = entry * 2^32 + row
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from cl_plugins.adapters.side_bank import SideBank
+from cl_plugins.attach import plugin_modules
+from cl_plugins.backbones import Backbone
+from cl_plugins.closed_form import ClosedFormHead
+from cl_plugins.evaluation import evaluating, split_batch, to_device
+from cl_plugins.feature_cache import CacheEntry, CacheKey, FeatureCache, tensor_digest
+from cl_plugins.features import feature
+from cl_plugins.heads import HeadMask
+from cl_plugins.plugin import module_device
+from cl_plugins.taps import TapRecord, backbone_taps
+from cl_plugins.task import Stream
+
+_SHIFT = 32
+_PROBE = 8
+_BEHIND = (SideBank, HeadMask, ClosedFormHead)  # modules that the feature does not depend on
+
+
+class CachedRows(Dataset[Any]):
+    """Row ids and labels of a split, a whole batch at once.
+
+    Args:
+        entries: number of the entry of each view.
+        labels: ``(samples,)``.
+
+    Example:
+        >>> rows = CachedRows([0, 3], torch.tensor([5, 6]))
+        >>> rows.__getitems__([1, 2])[0].tolist()  # sample 1 of view 0, sample 0 of view 1, which is entry 3
+        [1, 12884901888]
+    """
+
+    def __init__(self, entries: Sequence[int], labels: Tensor) -> None:
+        self.entries = torch.as_tensor(list(entries), dtype=torch.int64)
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, numbers: int | list[int]) -> tuple[Tensor, Tensor]:
+        return self.__getitems__([numbers] if isinstance(numbers, int) else numbers)
+
+    def __getitems__(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Ids and labels of a batch; a number is ``epoch * len(self) + position``."""
+        asked = torch.as_tensor(numbers, dtype=torch.int64)
+        rows = asked % len(self)
+        views = (asked // len(self)) % len(self.entries)
+        return (self.entries[views] << _SHIFT) + rows, self.labels[rows]
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def uncached(loader: Any) -> Any:
+    """The loader of images behind a cached one; any other loader as it is."""
+    return getattr(loader, "images", loader)
+
+
+class CachedStream:
+    """Gives a stream's loaders as rows of a cache, which it fills the first time a split is asked for.
+
+    Args:
+        module: where the backbone is; everything in front of the classifier must be frozen.
+        backbone: of the module.
+        head: its classifier.
+        stream: gives the images.
+        cache: where features and taps are kept.
+        views: augmentation seeds per training sample; epoch ``e`` sees view ``e mod views``.
+        context: entered around the backbone's passes, such as a Trainer's precision.
+
+    Raises:
+        ValueError: for fewer than one view.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        backbone: Backbone,
+        head: nn.Module,
+        stream: Stream,
+        cache: FeatureCache,
+        *,
+        views: int = 1,
+        context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        if views < 1:
+            raise ValueError(f"`views` must be 1 or more, got {views!r}")
+        self.module, self.head, self.stream, self.cache = module, head, stream, cache
+        self.views, self.context = views, context
+        self.backbone = backbone
+        self.taps = backbone_taps(module, backbone, head)
+        self.taps.reader = self.read
+        self._images = {  # the stream's own methods, also when these here replace them
+            name: getattr(stream, name) for name in ("train_dataloader", "test_loader", "train_loader_for_features")
+        }
+        self._entries: list[CacheEntry] = []
+        self._keys: dict[str, CacheKey] = {}
+        self._numbers: dict[CacheKey, int] = {}
+        self._digest: tuple[tuple[Any, ...], str] | None = None
+        self._checked = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CachedStream:
+        return self
+
+    # the loaders of a stream
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Training data of the current task in the stream's own order, as row ids."""
+        return self.cached(self._images["train_dataloader"](), f"train-{self.stream.task}", self.views)
+
+    def test_loader(self, index: int) -> DataLoader[Any]:
+        """Test data of task ``index``, as row ids."""
+        return self.cached(self._images["test_loader"](index), f"test-{index}")
+
+    def train_loader_for_features(self, index: int) -> DataLoader[Any]:
+        """Training data of task ``index`` in a fixed order without augmentation, as row ids."""
+        images = self._images["train_loader_for_features"](index)
+        trained = self._keys.get(f"train-{index}-v0")
+        same = trained is not None and trained.transform == _fingerprint(images, 0)
+        return self.cached(images, f"train-{index}" if same else f"features-{index}")
+
+    def cached(self, images: DataLoader[Any], split: str, views: int = 1) -> DataLoader[Any]:
+        """The rows of a loader of images, in the same order and batches; fills what is missing.
+
+        Raises:
+            TypeError: for a data set without a length and items by index.
+            RuntimeError: when something in front of the classifier can still train.
+            ValueError: when the cache holds the split from other weights or other inputs.
+        """
+        if isinstance(images.dataset, IterableDataset):
+            raise TypeError(f"the data of {split!r} must have items by index to be cached, got an IterableDataset")
+        if views > 1 and not hasattr(images.sampler, "begin"):
+            raise ValueError(
+                f"`views` must be 1 for a sampler that does not count epochs, got {views!r} and"
+                f" {type(images.sampler).__name__}; use a TaskStream of cl_plugins.scenarios"
+            )
+        numbers = [self._entry(images, split, view) for view in range(views)]
+        rows = CachedRows(numbers, self._entries[numbers[0]].labels)
+        options: dict[str, Any] = {"collate_fn": _as_is, "generator": images.generator}
+        if images.batch_size is None:
+            options |= {"batch_size": None, "sampler": images.sampler}
+        elif type(images.batch_sampler) is torch.utils.data.BatchSampler:
+            options |= {"batch_size": images.batch_size, "sampler": images.sampler, "drop_last": images.drop_last}
+        else:
+            options |= {"batch_sampler": images.batch_sampler}
+        loader: Any = type(images)(rows, **options)
+        loader.images = images
+        return loader
+
+    def read(self, ids: Tensor) -> tuple[TapRecord, Tensor]:
+        """Taps and features of row ids ``(batch,)``, on the ids' device."""
+        device, ids = ids.device, ids.cpu()
+        entries, rows = ids >> _SHIFT, ids & ((1 << _SHIFT) - 1)
+        present = entries.unique().tolist()
+        if len(present) == 1:
+            arrays = self._entries[present[0]].read(rows, device)
+        else:
+            parts = [(entries == e, self._entries[e]) for e in present]
+            order = torch.cat([chosen.nonzero()[:, 0] for chosen, _ in parts]).argsort().to(device)
+            read = [entry.read(rows[chosen], device) for chosen, entry in parts]
+            arrays = {name: torch.cat([r[name] for r in read])[order] for name in read[0]}
+        taps = {int(name[4:]): value for name, value in arrays.items() if name.startswith("tap.")}
+        return TapRecord(taps, arrays.get("image")), arrays["feature"]
+
+    def forget(self, split: str) -> None:
+        """Release a split: its memory, and its files unless the cache has a folder to keep."""
+        for name in [n for n, k in self._keys.items() if k.split == split]:
+            key = self._keys.pop(name)
+            number = self._numbers.pop(key, None)
+            if number is not None:
+                self._entries[number] = CacheEntry({}, {}, torch.zeros(0, dtype=torch.int64), True)
+            self.cache.release(key)
+
+    # filling
+
+    def _entry(self, images: DataLoader[Any], split: str, view: int) -> int:
+        key = CacheKey(
+            split=split,
+            view=view,
+            weights=self._weights(),
+            transform=_fingerprint(images, view),
+            dtype=self.cache.dtype_name,
+            arrays=self._arrays(),
+        )
+        if key not in self._numbers:
+            entry = self.cache.open(key)
+            if entry is None:
+                batches = self._compute(_in_order(images, view))
+                entry = self.cache.fill(key, batches, len(images.dataset))  # type: ignore[arg-type]
+            self._numbers[key] = len(self._entries)
+            self._keys[key.name] = key
+            self._entries.append(entry)
+        return self._numbers[key]
+
+    def _arrays(self) -> tuple[str, ...]:
+        image = ("image",) if self.taps.wants_image else ()
+        return ("feature", *(f"tap.{i}" for i in sorted(self.taps.wanted)), *image)
+
+    def _compute(self, batches: DataLoader[Any]) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
+        device = module_device(self.module)
+        with _plain(self.module), evaluating(self.module), self.context():
+            for batch in batches:
+                inputs, labels = split_batch(to_device(batch, device))
+                self._check_frozen(inputs)
+                base = feature(self.module, self.head, inputs)
+                record = self.taps.take()
+                arrays = {"feature": base, **{f"tap.{i}": record.taps[i] for i in sorted(self.taps.wanted)}}
+                if record.image is not None:
+                    arrays["image"] = record.image
+                yield arrays, labels
+
+    def _check_frozen(self, inputs: Any) -> None:
+        """Raise when a graph leads to the feature: what is cached today would be wrong tomorrow."""
+        if self._checked:
+            return
+        seen: list[bool] = []
+        handle = self.head.register_forward_pre_hook(lambda _, args: seen.append(args[0].requires_grad))
+        frozen, self.taps.frozen = self.taps.frozen, False
+        try:
+            with torch.enable_grad():
+                self.module(inputs)
+        finally:
+            self.taps.frozen = frozen
+            handle.remove()
+        if not frozen or any(seen):
+            raise RuntimeError(
+                "features can only be cached when everything in front of the classifier is frozen, but prompts, norms or"
+                " other weights there still train; leave CacheFeatures out of the callbacks"
+            )
+        self._checked = True
+
+    def _weights(self) -> str:
+        """Digest of what the feature depends on; computed again only after one of these tensors changed."""
+        head = {id(p) for p in self.head.parameters()}
+        named = dict(self.backbone.model.state_dict(keep_vars=True))
+        named |= {n: p for n, p in self.module.named_parameters() if not p.requires_grad and not n.startswith("plugins.")}
+        for name, plugin in plugin_modules(self.module).items():
+            if not isinstance(plugin, _BEHIND):
+                named |= {f"plugins.{name}.{k}": v for k, v in plugin.state_dict(keep_vars=True).items()}
+        tensors = [(n, t) for n, t in sorted(named.items()) if id(t) not in head and isinstance(t, Tensor)]
+        versions = tuple((n, t.data_ptr(), t._version) for n, t in tensors)
+        if self._digest is None or self._digest[0] != versions:
+            self._digest = (versions, tensor_digest(_unique(tensors)))
+            self._checked = False
+        return self._digest[1]
+
+
+def _unique(tensors: Sequence[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    """Each tensor once, under its shortest name, so that a wrapper around the backbone changes no digest."""
+    by_id: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in sorted(tensors, key=lambda item: len(item[0])):
+        by_id.setdefault(id(tensor), (name, tensor))
+    return sorted(by_id.values(), key=lambda item: item[0])
+
+
+@contextmanager
+def _plain(module: nn.Module) -> Iterator[None]:
+    """The backbone's own feature enters the classifier inside, and the whole backbone runs."""
+    banks = [m for m in plugin_modules(module).values() if isinstance(m, SideBank)]
+    before = [(bank.bypass, bank.taps.needs_final) for bank in banks]
+    for bank in banks:
+        bank.bypass = bank.taps.needs_final = True
+    try:
+        yield
+    finally:
+        for bank, (bypass, final) in zip(banks, before, strict=True):
+            bank.bypass, bank.taps.needs_final = bypass, final
+
+
+def _in_order(images: DataLoader[Any], view: int, limit: int | None = None) -> DataLoader[Any]:
+    """All samples of a loader's data in order, as the epoch ``view`` sees them."""
+    n = len(images.dataset)  # type: ignore[arg-type]
+    size = images.batch_size or 64
+    starts = range(0, n if limit is None else min(limit, n), size if limit is None else limit)
+    batches = [[view * n + p for p in range(s, min(s + (limit or size), n))] for s in starts]
+    workers = 0 if limit is not None else images.num_workers
+    collate = partial(_collated, images.dataset) if images.batch_size is None else images.collate_fn
+    generator = torch.Generator().manual_seed(0)  # worker seeds would be drawn from the global one
+    return DataLoader(images.dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate, generator=generator)
+
+
+def _collated(dataset: Any, samples: Any) -> Any:
+    return dataset.collate(samples)
+
+
+def _fingerprint(images: DataLoader[Any], view: int) -> str:
+    """Digest of the first inputs and of the number of samples: tells another transform, order or data set."""
+    inputs, labels = split_batch(next(iter(_in_order(images, view, limit=_PROBE))))
+    n = torch.tensor(len(images.dataset))  # type: ignore[arg-type]
+    named = inputs if isinstance(inputs, dict) else {"inputs": inputs}
+    tensors = [(k, v) for k, v in sorted(named.items()) if isinstance(v, Tensor)]
+    return tensor_digest([*tensors, ("labels", labels), ("n", n)])

@@ -1,0 +1,229 @@
+"""The numbers of a report: each one a metric of :mod:`cl_plugins.functional`, with the name of its variant."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cl_plugins import functional
+from cl_plugins.runs import Run
+from cl_plugins.stats import SeedSummary, summarize_seeds
+
+UNDEFINED = "undefined"
+
+
+class Measure(NamedTuple):
+    """A metric with its full name, which way is better, and what it is in words."""
+
+    name: str
+    better: str
+    definition: str
+    undefined: str
+    compute: Callable[..., Tensor]
+
+
+MEASURES: dict[str, Measure] = {
+    "average_accuracy": Measure(
+        "average accuracy (last row)",
+        "higher",
+        "mean over the tasks learned so far of the accuracy at the last evaluation",
+        "nothing was evaluated, or a learned task was not",
+        functional.average_accuracy,
+    ),
+    "average_incremental_accuracy": Measure(
+        "average incremental accuracy (mean over rows)",
+        "higher",
+        "mean over the evaluations after each task of the average accuracy at that time",
+        "nothing was evaluated, or a learned task was not",
+        functional.average_incremental_accuracy,
+    ),
+    "forgetting": Measure(
+        "forgetting (peak since learned)",
+        "lower",
+        "mean over old tasks of the best accuracy since the task was learned minus the accuracy now; negative when old"
+        " tasks improved",
+        "there is no old task yet, or a learned task was not evaluated",
+        functional.forgetting,
+    ),
+    "backward_transfer": Measure(
+        "backward transfer (final - learned)",
+        "higher",
+        "mean over old tasks of the accuracy now minus the accuracy right after the task was learned",
+        "there is no old task yet, or a learned task was not evaluated",
+        functional.backward_transfer,
+    ),
+    "learning_accuracy": Measure(
+        "learning accuracy (plasticity)",
+        "higher",
+        "mean over tasks of the accuracy right after the task was learned",
+        "a task was not evaluated right after it was learned",
+        functional.learning_accuracy,
+    ),
+    "stability": Measure(
+        "stability (old tasks, last row)",
+        "higher",
+        "mean over old tasks of the accuracy at the last evaluation",
+        "there is no old task yet, or a learned task was not evaluated",
+        functional.stability,
+    ),
+    "worst_task_accuracy": Measure(
+        "worst task accuracy (last row)",
+        "higher",
+        "smallest accuracy of a learned task at the last evaluation",
+        "nothing was evaluated, or a learned task was not",
+        functional.worst_task_accuracy,
+    ),
+    "forward_transfer": Measure(
+        "forward transfer (before learning - initial row)",
+        "higher",
+        "mean over tasks after the first of the accuracy just before the task was learned minus the accuracy before any"
+        " training",
+        "the initial row or the accuracy just before learning was not measured",
+        functional.forward_transfer,
+    ),
+}
+HEADLINE = tuple(list(MEASURES)[:5]) + ("worst_task_accuracy",)
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A fraction as text; the word "undefined" for NaN and None, never a number.
+
+    Example:
+        >>> number(0.8125), number(float("nan")), number(-0.0001)
+        ('0.812', 'undefined', '0.000')
+    """
+    if value is None or not math.isfinite(value):
+        return UNDEFINED
+    text = f"{value:.{digits}f}"
+    return text[1:] if text.startswith("-") and float(text) == 0 else text
+
+
+def quantity(value: float | None) -> str:
+    """A count or an amount as text.
+
+    Example:
+        >>> quantity(1234567), quantity(12.345), quantity(None)
+        ('1,234,567', '12.3', 'undefined')
+    """
+    if value is None or not math.isfinite(value):
+        return UNDEFINED
+    return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 1000 else f"{value:.1f}"
+
+
+def learned_rows(run: Run) -> list[int | None] | None:
+    """``learned_at`` for the metrics; None when every task was learned at the row of its own number."""
+    return None if run.learned_at == list(range(len(run.tasks))) else run.learned_at
+
+
+def measures_of(run: Run) -> dict[str, float]:
+    """Every measure of a run; NaN where it is undefined."""
+    matrix, initial = run.accuracy_matrix, run.initial_accuracy
+    if matrix.shape[0] == 0:
+        return dict.fromkeys(MEASURES, math.nan)
+    return {k: float(m.compute(matrix, learned_at=learned_rows(run), initial=initial)) for k, m in MEASURES.items()}
+
+
+@dataclass
+class TaskNumbers:
+    """Per-task numbers of a run; NaN where undefined."""
+
+    learned: list[float]
+    final: list[float]
+    forgotten: list[float]
+    waterfall: list[float]
+    waterfall_rows: list[int]
+    curve: list[float]
+    curve_rows: list[int]
+
+
+def task_numbers(run: Run) -> TaskNumbers:
+    """What the charts of one run show beside its matrix."""
+    matrix, learned_at = run.accuracy_matrix, learned_rows(run)
+    rows, tasks = matrix.shape
+    if rows == 0:
+        nothing = [math.nan] * tasks
+        return TaskNumbers(nothing, nothing, nothing, [], [], [], [])
+    at = [step if step is not None and step < rows else None for step in run.learned_at]
+    learned = [math.nan if step is None else float(matrix[step, j]) for j, step in enumerate(at)]
+    final = [math.nan if step is None else float(matrix[-1, j]) for j, step in enumerate(at)]
+    forgotten = functional.forgetting(matrix, learned_at=learned_at, reduction="none").tolist()
+    stops = sorted({step for step in at if step is not None})
+    waterfall = functional.retention_waterfall(matrix, learned_at=learned_at).tolist()
+    extra = [rows - 1] if stops and stops[-1] != rows - 1 else []
+    curve = functional.accuracy_curve(matrix, learned_at=learned_at).tolist()
+    return TaskNumbers(learned, final, forgotten, waterfall, (stops + extra)[1:], curve, stops)
+
+
+@dataclass
+class Group:
+    """Runs of one method on one scenario: the replicates of one another."""
+
+    method: str
+    scenario: str
+    members: list[int] = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        """Method and scenario in one line."""
+        return f"{self.method} on {self.scenario}" if self.scenario else self.method
+
+
+def group_runs(runs: Sequence[Run], values: Sequence[dict[str, float]]) -> list[Group]:
+    """Runs by scenario and method; within a scenario the most accurate method stands first."""
+    groups: dict[tuple[str, str], Group] = {}
+    for index, run in enumerate(runs):
+        method, scenario = str(run.meta.get("method") or run.id), str(run.meta.get("scenario") or "")
+        groups.setdefault((scenario, method), Group(method, scenario)).members.append(index)
+
+    def key(group: Group) -> tuple[str, float, str]:
+        summary = summarize(group, "average_accuracy", values)
+        return group.scenario, math.inf if summary is None else -summary.mean, group.method
+
+    return sorted(groups.values(), key=key)
+
+
+def summarize(group: Group, measure: str, values: Sequence[dict[str, float]]) -> SeedSummary | None:
+    """Mean and interval over the runs of a group in which the measure is defined; None when it is in none."""
+    defined = [v for v in (values[i].get(measure, math.nan) for i in group.members) if math.isfinite(v)]
+    return summarize_seeds(defined) if defined else None
+
+
+def cost_of(run: Run) -> dict[str, float]:
+    """Training seconds and trainable parameters of a whole run; NaN where they were not recorded."""
+    seconds = [c["train_seconds"] for c in run.cost.values() if isinstance(c.get("train_seconds"), (int, float))]
+    trainable = [c["trainable"] for c in run.cost.values() if isinstance(c.get("trainable"), (int, float))]
+    return {
+        "train_seconds": float(sum(seconds)) if seconds else math.nan,
+        "trainable": float(max(trainable)) if trainable else math.nan,
+    }
+
+
+def class_order(run: Run) -> tuple[tuple[int, ...], ...]:
+    """The classes of the tasks, in order."""
+    return tuple(task.classes for task in run.tasks)
+
+
+def warnings_of(runs: Sequence[Run], groups: Sequence[Group]) -> list[str]:
+    """What a reader must know before comparing the numbers."""
+    notes = []
+    for scenario in sorted({g.scenario for g in groups}):
+        of_scenario = [g for g in groups if g.scenario == scenario]
+        orders = {g.method: {class_order(runs[i]) for i in g.members} for g in of_scenario}
+        different = set().union(*orders.values())
+        where = f" of {scenario}" if scenario else ""
+        if len(different) > 1:
+            unpaired = len({frozenset(o) for o in orders.values()}) > 1
+            more = " The methods did not see the same orders, so compare them with care." if unpaired else ""
+            notes.append(f"The runs{where} follow {len(different)} different class orders.{more}")
+        few = [f"{g.method} ({len(g.members)})" for g in of_scenario if len(g.members) < 3]
+        if few and len(runs) > 1:
+            notes.append(f"Fewer than 3 runs, so no interval{where}: {', '.join(few)}.")
+        lengths = {int(torch.as_tensor(runs[i].correct.shape[0])) for g in of_scenario for i in g.members}
+        if len(lengths) > 1:
+            notes.append(f"The runs{where} stand at different tasks: {', '.join(map(str, sorted(lengths)))} are done.")
+    return notes

@@ -1,0 +1,197 @@
+"""A stream from any data in one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cl_plugins._text import did_you_mean
+
+from ._seeds import SPLIT, check_seed, words
+from .boundaries import Blurry, FewShot, Repetition
+from .class_incremental import ClassIncremental, TaskIncremental
+from .data import TensorSource, rank_in_class
+from .domains import DomainIncremental
+from .image_files import class_folders
+from .labels import FoundLabels, align_labels, find_labels
+from .stream import TaskStream
+from .stream_data import StreamData
+
+_KINDS: dict[str, Any] = {
+    "class-incremental": ClassIncremental,
+    "task-incremental": TaskIncremental,
+    "few-shot": FewShot,
+    "blurry": Blurry,
+    "repetition": Repetition,
+    "online": ClassIncremental,
+    "domain-incremental": DomainIncremental,
+}
+_INPUT_COLUMNS = ("image", "img", "pixel_values", "text", "sentence")
+_TEST_KEYS = ("test", "validation", "valid", "val")
+
+
+class Column:
+    """Samples ``(value, None)`` of one column of a table; the stream puts the label in.
+
+    Args:
+        table: a Hugging Face dataset, or any map dataset of dicts.
+        name: the column.
+    """
+
+    def __init__(self, table: Any, name: str) -> None:
+        self.table = table
+        self.name = name
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> tuple[Any, None]:
+        return self.table[index][self.name], None
+
+
+class Records:
+    """Lines of a jsonl file, one dict a sample.
+
+    Args:
+        path: the file.
+
+    Raises:
+        ValueError: for a line that is no JSON object, naming it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.rows: list[dict[str, Any]] = []
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number} of {str(path)!r} must be JSON, got {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} of {str(path)!r} must be a JSON object, got {type(row).__name__}")
+            self.rows.append(row)
+        self.column_names = sorted(set().union(*self.rows)) if self.rows else []
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int | str) -> Any:
+        if isinstance(index, str):
+            return [row.get(index) for row in self.rows]
+        return self.rows[index]
+
+
+def stream_from(
+    data: Any,
+    labels: Any = None,
+    *,
+    test: Any = None,
+    test_fraction: float = 0.2,
+    scenario: str = "class-incremental",
+    inputs: str | None = None,
+    split_seed: int = 0,
+    **options: Any,
+) -> TaskStream:
+    """A stream over a user's own data.
+
+    Args:
+        data: a map dataset, a pair ``(inputs, labels)`` of tensors or arrays, inputs alone with ``labels``, a Hugging
+            Face ``Dataset`` or a dict of them with "train" and "test", a folder with one folder of images per class (or
+            ``train`` and ``test`` with such), a jsonl file; for domains a list of any of these.
+        labels: an attribute's or column's name, one value per sample, or a function of the index; with ``test`` a pair
+            of these is allowed. None looks in the usual places. Text labels are numbered in alphabetical order; the
+            stream's ``label_mapping`` says how.
+        test: test data of the same kind; None takes it from ``data``.
+        test_fraction: share of every class that becomes test data when there is none, drawn by ``split_seed``.
+        scenario: "class-incremental", "task-incremental", "few-shot", "blurry", "repetition", "online" or
+            "domain-incremental".
+        inputs: column that is the input, for tables; None takes "image", "img", "pixel_values", "text" or "sentence",
+            else samples are whole rows.
+        split_seed: draws test and validation samples.
+        options: of the scenario's class, such as ``n_tasks``, ``shots``, ``order_seed``, ``batch_size``.
+
+    Raises:
+        ValueError: for an unknown scenario, or labels that cannot be found.
+        TypeError: for data that are none of these.
+
+    Example:
+        >>> stream = stream_from((torch.rand(60, 3), np.repeat(["ant", "bee", "cat"], 20)), n_tasks=3)
+        >>> stream.tasks[1].class_names, stream.provenance()["sizes"]["test"]
+        (('bee',), [4, 4, 4])
+    """
+    if scenario not in _KINDS:
+        raise ValueError(f"`scenario` must be a known kind of stream, got {scenario!r}{did_you_mean(scenario, _KINDS)}")
+    if not 0 < test_fraction < 1:
+        raise ValueError(f"`test_fraction` must be in (0, 1), got {test_fraction!r}")
+    check_seed("split_seed", split_seed)
+    if scenario == "domain-incremental":
+        if not isinstance(data, list):
+            raise TypeError(f"`data` must be a list with one data set per domain, got {type(data).__name__}")
+        domains = [_resolve(d, labels, None, test_fraction, inputs, split_seed) for d in data]
+        return DomainIncremental(domains, split_seed=split_seed, **options)
+    if scenario == "online":
+        options = {"single_pass": True, "batch_size": 10, **options}
+    source = _resolve(data, labels, test, test_fraction, inputs, split_seed)
+    stream: TaskStream = _KINDS[scenario](source, split_seed=split_seed, **options)
+    return stream
+
+
+def _resolve(data: Any, labels: Any, test: Any, fraction: float, inputs: str | None, seed: int) -> StreamData:
+    name = "data" if isinstance(data, tuple | list | Mapping | Tensor | np.ndarray) else type(data).__name__.lower()
+    if isinstance(data, str | Path):
+        name = Path(data).stem.lower()
+        data = _read_path(Path(data).expanduser())
+    if isinstance(data, Mapping):
+        key = next((k for k in _TEST_KEYS if k in data), None)
+        if "train" not in data:
+            raise ValueError(f"`data` must have the key 'train', got {', '.join(map(str, data))}")
+        data, test = data["train"], data[key] if test is None and key is not None else test
+    pair = labels if isinstance(labels, tuple) and len(labels) == 2 and test is not None else (labels, labels)
+    train_source, train = _source(data, pair[0], inputs)
+    if test is not None:
+        test_source, found = _source(test, pair[1], inputs)
+        return StreamData(train_source, test_source, name=name, found=(train, align_labels(train, found), None))
+    rank = rank_in_class(train.values, words(SPLIT, seed, 1, np.arange(len(train.values))))
+    counts = np.bincount(train.values)
+    held = rank < np.minimum(np.maximum(np.round(fraction * counts), 1), counts - 1)[train.values]
+    halves = [FoundLabels(np.where(part, train.values, -1), train.names, train.mapping) for part in (~held, held)]
+    return StreamData(train_source, train_source, name=name, found=(halves[0], halves[1], None))
+
+
+def _read_path(path: Path) -> Any:
+    if path.is_file() and path.suffix in (".jsonl", ".ndjson"):
+        return Records(path)
+    if path.is_dir():
+        if (path / "train").is_dir():
+            parts = {p.name: class_folders(p) for p in sorted(path.iterdir()) if p.name in ("train", *_TEST_KEYS)}
+            return parts if len(parts) > 1 else parts["train"]
+        return class_folders(path)
+    raise TypeError(f"`data` must be a folder of class folders or a .jsonl file, got {str(path)!r}, which is neither")
+
+
+def _source(data: Any, labels: Any, inputs: str | None) -> tuple[Any, FoundLabels]:
+    if isinstance(data, tuple) and len(data) == 2:
+        data, labels = data
+    if isinstance(data, Tensor | np.ndarray) or (isinstance(data, list) and data and isinstance(data[0], Sequence)):
+        if labels is None:
+            raise ValueError("`labels` must be given for inputs without any, got None; pass one label per sample")
+        values = data if isinstance(data, Tensor) else torch.from_numpy(np.asarray(data))
+        found = find_labels(values, labels)
+        return TensorSource(values, found.values), found
+    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        raise TypeError(f"`data` must have a length and items by index, got {type(data).__name__}")
+    found = find_labels(data, labels)
+    columns = getattr(data, "column_names", None)
+    if isinstance(columns, list | tuple):
+        if inputs is not None and inputs not in columns:
+            raise ValueError(f"`inputs` must be a column, got {inputs!r}; there are {', '.join(columns)}")
+        chosen = inputs or next((c for c in _INPUT_COLUMNS if c in columns), None)
+        return (data if chosen is None else Column(data, chosen)), found
+    return data, found
