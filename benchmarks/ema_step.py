@@ -86,16 +86,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=31)
     arguments = parser.parse_args()
     print(f"torch {torch.__version__}, {arguments.device}, {torch.get_num_threads()} threads, milliseconds (median)")
-    print(
-        f"{'tensors':<48}{'elements':>12}{'torch':>9}{'interpolation':>15}{'ratio':>7}{'whole step':>12}{'loop':>9}{'B/elem':>8}"
-    )
+    heads = ("elements", "torch", "interpolation", "ratio", "whole step", "loop", "B/elem")
+    print(f"{'tensors':<48}" + "".join(f"{h:>15}" for h in heads))
     for kind in (SMALL, LORA):
         m = measure(kind, arguments.device, arguments.scale, arguments.repeats)
         ratio = m["interpolation"] / m["torch"]
-        print(
-            f"{kind:<48}{int(m['elements']):>12,}{m['torch']:>9.2f}{m['interpolation']:>15.2f}{ratio:>7.2f}"
-            f"{m['whole']:>12.2f}{m['loop']:>9.2f}{m['bytes per element']:>8.1f}"
-        )
+        cells = (m["torch"], m["interpolation"], ratio, m["whole"], m["loop"], m["bytes per element"])
+        print(f"{kind:<48}{int(m['elements']):>15,}" + "".join(f"{c:>15.2f}" for c in cells))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from .balanced_ema import BalancedEMA
 from .baselines import FrozenBackbone, MaskedHead
 from .cache_features import CacheFeatures
 from .closed_form import NearestMean, RanPAC
+from .dashboard import ForgettingDashboard
 from .hierarchical_side_tuning import HierarchicalSideTuning, LeanHierarchicalSideTuning
 from .ladder_side_tuning import LadderSideTuning
 from .lora import LoRA
@@ -15,12 +16,14 @@ from .one_prompt import OnePrompt
 from .ovor import OVOR
 from .sherl import Sherl
 from .side_tuning import SideTuning
+from .task_groups import TaskGroups
 from .tracker import ForgettingTracker
 
 __all__ = [
     "OVOR",
     "BalancedEMA",
     "CacheFeatures",
+    "ForgettingDashboard",
     "ForgettingTracker",
     "FrozenBackbone",
     "HierarchicalSideTuning",
@@ -34,4 +37,5 @@ __all__ = [
     "RanPAC",
     "Sherl",
     "SideTuning",
+    "TaskGroups",
 ]

@@ -44,6 +44,8 @@ class BalancedEMA(ContinualCallback):
         fallback: weight where the formula gives none; 0.01 in the released code.
         decay: weight of the old value for ``"fixed"``, in [0, 1).
         rho: speed of ``"dimension_free"`` as a fraction of one Adam step.
+        keep: for ``"horizon"``, the share of the weights before the task in the average at its end, in (0, 1); needs
+            the number of steps, so a Trainer with ``max_epochs``.
         granularity: what shares a weight: ``"tensor"`` (as released), ``"module"`` or ``"global"``.
         include: regular expression; only parameters whose name it finds are averaged.
         exclude: regular expression; parameters whose name it finds are not.
@@ -80,6 +82,7 @@ class BalancedEMA(ContinualCallback):
         fallback: float | None = None,
         decay: float | None = None,
         rho: float | None = None,
+        keep: float | None = None,
         granularity: str = "tensor",
         include: str | None = None,
         exclude: str | None = None,
@@ -95,7 +98,7 @@ class BalancedEMA(ContinualCallback):
             raise ValueError(f"`evaluate` must be 'average' or 'weights', got {evaluate!r}")
         if active not in ("always", "after_first") and not callable(active):
             raise ValueError(f"`active` must be 'always', 'after_first' or a function of a task, got {active!r}")
-        constants = {"kappa": kappa, "fallback": fallback, "decay": decay, "rho": rho}
+        constants = {"kappa": kappa, "fallback": fallback, "decay": decay, "rho": rho, "keep": keep}
         given = {k: v for k, v in constants.items() if v is not None}
         if isinstance(rule, Rule) and given:
             raise ValueError(f"`rule` is a Rule and holds its constants, got {', '.join(given)} beside it")
@@ -117,16 +120,18 @@ class BalancedEMA(ContinualCallback):
 
     # usable without a Trainer
 
-    def watch(self, module: nn.Module, *optimizers: Optimizer) -> None:
+    def watch(self, module: nn.Module, *optimizers: Optimizer, steps: int | None = None) -> None:
         """Begin an average at the present weights and move it after each step of the optimizers.
 
         Args:
             module: owns the parameters.
             *optimizers: of the module; several may share parameters.
+            steps: of the task, for rule ``"horizon"``.
 
         Raises:
             RuntimeError: when nothing trains, or no optimizer holds what should be averaged.
         """
+        self.average.averager.total_steps = steps
         self.average.begin(module)
         self.average.attach(module, optimizers)
 
@@ -220,11 +225,20 @@ class BalancedEMA(ContinualCallback):
         state, self._loaded = self._loaded, None
         self.average.end()
         if self._is_active():
+            self.average.averager.total_steps = self._steps(trainer)
             self.average.begin(pl_module, None if state is None else state["average"])
 
     def _others(self, trainer: pl.Trainer) -> list[BalancedEMA]:
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         return [c for c in callbacks if isinstance(c, BalancedEMA) and c is not self]
+
+    def _steps(self, trainer: pl.Trainer) -> int | None:
+        if self.rule.name != "horizon":
+            return None  # counting would build the loaders early
+        steps = trainer.estimated_stepping_batches
+        count = int(steps) if steps != float("inf") else None
+        self.rule.constant(count)
+        return count
 
     def _is_active(self) -> bool:
         if self._task is None or self.active == "always":

@@ -9,6 +9,14 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 
+class _Plugins(nn.ModuleDict):
+    """Container that an ``nn.Sequential`` may call as one of its layers, where it changes nothing."""
+
+    def forward(self, x: Any) -> Any:
+        """The input."""
+        return x
+
+
 def plugin_modules(module: nn.Module) -> nn.ModuleDict:
     """The container ``module.plugins`` for everything this library adds, made at first use.
 
@@ -17,7 +25,7 @@ def plugin_modules(module: nn.Module) -> nn.ModuleDict:
     """
     container = getattr(module, "plugins", None)
     if container is None:
-        container = nn.ModuleDict()
+        container = _Plugins()
         module.plugins = container
     if not isinstance(container, nn.ModuleDict):
         raise RuntimeError(

@@ -133,9 +133,6 @@ def run_benchmark(
     Raises:
         ValueError: for an unknown method, scenario or option, naming the nearest known one.
     """
-    from cl_plugins.report import write_report
-    from cl_plugins.runs import read_run
-
     scenarios = importlib.import_module("cl_plugins.scenarios")
     callbacks_module = importlib.import_module("cl_plugins.callbacks")
     recipe = with_options(
@@ -157,7 +154,7 @@ def run_benchmark(
     identity = {"method": method, "scenario": scenario, "seed": seed, "order_seed": order_seed}
     config = {**identity, "device": device, "recipe": {**asdict(recipe), "callbacks": list(recipe.callbacks)}}
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    dashboard = callbacks_module.ForgettingDashboard(folder.parent, run_id=folder.name, meta=config, report=None)
+    dashboard = callbacks_module.ForgettingDashboard(folder.parent, run_id=folder.name, meta=config)
     tracker = callbacks_module.ForgettingTracker()
     bar = StreamProgress(f"{method} on {scenario}", enabled=progress)
     trainer = pl.Trainer(
@@ -192,7 +189,6 @@ def run_benchmark(
         },
         recipe=config["recipe"],
     )
-    write_report([read_run(folder)], folder / "report.html", title=f"{method} on {scenario}")
     return result
 
 

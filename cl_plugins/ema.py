@@ -75,6 +75,7 @@ class BalancedAverager:
         self.start = start
         self.dtype = dtype
         self.log = WeightLog(max_points)
+        self.total_steps: int | None = None  # of the task, for "horizon" alone
         self.clear()
 
     def clear(self) -> None:
@@ -117,7 +118,7 @@ class BalancedAverager:
             groups = None
             if self.granularity != "tensor":
                 groups = torch.tensor(ids, device=self.averages[chosen[0]].device)
-            plan = _Plan(list(chunks(sizes)), groups, max(ids) + 1, sizes)
+            plan = _Plan(list(chunks([self.averages[i] for i in chosen])), groups, max(ids) + 1, sizes)
             self._plans[chosen] = plan
         return plan
 
@@ -154,23 +155,29 @@ class BalancedAverager:
                 torch._foreach_copy_([averages[k] for k in fresh], [weights[k] for k in fresh])
         if self.rule.needs_gradients:
             alpha = self._weigh(index, averages, weights, grads, lrs)
+            self._move(index, averages, weights, alpha)
         else:
-            alpha = torch.full((len(index),), 1.0 - self.rule.decay, device=averages[0].device)
-        self._move(index, averages, weights, alpha)
+            constant = self.rule.constant(self.total_steps)
+            alpha = torch.full((len(index),), constant, device=averages[0].device)
+            self._move(index, averages, weights, constant)
+            self.log.add(alpha, torch.zeros_like(alpha, dtype=torch.bool))
         for i in index:
             self.steps[i] += 1
         return alpha
 
-    def _move(self, index: tuple[int, ...], averages: list[Tensor], weights: Sequence[Tensor], alpha: Tensor) -> None:
+    def _move(
+        self, index: tuple[int, ...], averages: list[Tensor], weights: Sequence[Tensor], alpha: Tensor | float
+    ) -> None:
         for part in self._plan(index).parts:
-            sources = cast_like(weights[part], averages[part])
-            if self.rule.on_nonfinite == "skip":  # 0 * NaN would still reach the average
-                sources = [
-                    torch.where(a.to(s.device) > 0, s, e)
-                    for a, s, e in zip(alpha[part], sources, averages[part], strict=True)
-                ]
-            fixed = not self.rule.needs_gradients
-            interpolate_(averages[part], sources, 1.0 - self.rule.decay if fixed else alpha[part])
+            sources, share = cast_like(weights[part], averages[part]), alpha
+            if isinstance(alpha, Tensor):
+                share = alpha[part]
+                if self.rule.on_nonfinite == "skip":  # 0 * NaN would still reach the average
+                    sources = [
+                        torch.where(a > 0, s, e)
+                        for a, s, e in zip(share.to(sources[0].device), sources, averages[part], strict=True)
+                    ]
+            interpolate_(averages[part], sources, share)
 
     def _weigh(
         self,

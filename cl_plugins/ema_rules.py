@@ -2,8 +2,9 @@
 
 Paper: "Large Continual Instruction Assistant", Jingyang Qiao, Zhizhong Zhang, Xin Tan, Yanyun Qu, Shouhong Ding, Yuan
 Xie, ICML 2025, arXiv 2410.10868. Implemented: the released rule, the paper's Eq. 45 in both readings of ``g + 1``,
-Eq. 60 with the secant of Eq. 13, the constants of the authors' later toolbox, a fixed decay, and an extension whose
-speed does not depend on the number of elements. Not implemented: Eq. 14, which the paper itself replaces by Eq. 45.
+Eq. 60 with the secant of Eq. 13, the constants of the authors' later toolbox, a fixed decay, and two extensions:
+one whose speed does not depend on the number of elements, one that depends on neither elements nor steps. Not
+implemented: Eq. 14, which the paper itself replaces by Eq. 45.
 
     a = |theta_t - E_{t-1}|_1    b = |g_t|_1    c = |g_t - g_{t-1}|_1    r = |theta_{t-1} - E_{t-1}|_1
     released:        alpha = kappa (mu + b) / (a c)                      kappa = 2, mu = 1
@@ -11,6 +12,7 @@ speed does not depend on the number of elements. Not implemented: Eq. 14, which 
     eq45:            alpha = r (mu + b) / (a c)
     eq60:            alpha = 1 - (g_t + mu)'d / (d' H d),   d = theta_t - E_{t-1}
                      H = (g_t - g_{t-1}) / (theta_t - theta_{t-1}), element by element
+    horizon:         alpha = 1 - keep^(1 / steps of the task), so the old weights' share is `keep` when the task ends
     every rule:      alpha outside (0, 1), NaN included, becomes `fallback`;  E_t = (1 - alpha) E_{t-1} + alpha theta_t
 """
 
@@ -39,6 +41,7 @@ class Rule:
         mu: price of stability in the units of a gradient, >= 0; 1 in the paper, 0 makes the rule blind to loss scale.
         decay: weight of the old value for ``fixed``, in [0, 1).
         rho: speed of the average as a fraction of one Adam step for ``dimension_free``, > 0.
+        keep: share of the weights before the task in the average at its end, for ``horizon``, in (0, 1).
         on_overflow: what a finite alpha of 1 or more means: ``"fallback"`` as released, or ``"follow"`` for alpha = 1.
         on_nonfinite: what NaN or infinity in weights or gradient means: ``"fallback"`` as released, or ``"skip"`` the
             tensor.
@@ -53,6 +56,7 @@ class Rule:
     mu: float = 1.0
     decay: float = 0.99
     rho: float = 0.02
+    keep: float = 0.5
     on_overflow: Overflow = "fallback"
     on_nonfinite: Literal["fallback", "skip"] = "fallback"
 
@@ -63,6 +67,7 @@ class Rule:
             ("mu", False, float("inf"), True),
             ("fallback", True, 1.0, False),
             ("decay", False, 1.0, True),
+            ("keep", True, 1.0, True),
         ):
             value = getattr(self, field)
             low_ok = value > 0 if low_open else value >= 0
@@ -78,7 +83,22 @@ class Rule:
     @property
     def needs_gradients(self) -> bool:
         """Whether the weight depends on gradients at all."""
-        return self.name != "fixed"
+        return self.name not in ("fixed", "horizon")
+
+    def constant(self, steps: int | None) -> float:
+        """The weight of rules that need no gradients.
+
+        Raises:
+            ValueError: for ``horizon`` without the number of steps.
+        """
+        if self.name == "fixed":
+            return 1.0 - self.decay
+        if steps is None or steps < 1:
+            raise ValueError(
+                f"`steps` must be the number of steps of the task for rule 'horizon', got {steps!r};"
+                " set the Trainer's `max_epochs`, or choose rule 'fixed'"
+            )
+        return float(1.0 - self.keep ** (1.0 / steps))
 
 
 RULES: dict[str, Rule] = {
@@ -88,6 +108,7 @@ RULES: dict[str, Rule] = {
     "eq45_elementwise": Rule("eq45_elementwise"),
     "eq60": Rule("eq60"),
     "fixed": Rule("fixed"),
+    "horizon": Rule("horizon"),
     "dimension_free": Rule("dimension_free", on_overflow="follow"),
 }
 

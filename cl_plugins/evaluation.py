@@ -192,7 +192,7 @@ def evaluate_tasks(
         for task in chosen:
             batches = (move(b) for b in stream.test_loader(task.index))
             counts[task.index] = count_task(module, batches, task, owner, seen, n_tasks=n, predict=predict)
-    if trainer is not None and trainer.world_size > 1:
+    if trainer is not None and trainer.world_size > 1 and torch.distributed.is_initialized():
         torch.distributed.all_reduce(counts)
     table = counts.cpu()
     measured = {t.index for t in chosen if int(table[t.index, 1]) > 0}
@@ -200,5 +200,6 @@ def evaluate_tasks(
     def column(k: int) -> tuple[int | None, ...]:
         return tuple(int(table[i, k]) if i in measured else None for i in range(n))
 
-    confusion = tuple(tuple(int(c) for c in table[i, 3:]) for i in range(n))
+    distinct = sum(len(t.classes) for t in tasks) == len({c for t in tasks for c in t.classes})
+    confusion = tuple(tuple(int(c) for c in table[i, 3:]) for i in range(n)) if distinct else ()
     return Row(upto, column(0), column(1), column(2), confusion, time.perf_counter() - started)

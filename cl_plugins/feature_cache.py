@@ -94,6 +94,7 @@ class CacheEntry:
         self, arrays: dict[str, Tensor], dtypes: dict[str, torch.dtype], labels: Tensor, in_memory: bool
     ) -> None:
         self.arrays, self.dtypes, self.labels, self.in_memory = arrays, dtypes, labels, in_memory
+        self._buffers = _Buffers()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -106,7 +107,8 @@ class CacheEntry:
     def read(self, rows: Tensor, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """The arrays' ``rows`` ``(batch, ...)`` in the dtype in which they were computed.
 
-        Neighboring rows are a view of the array and cost nothing; others are gathered, one call an array.
+        Neighboring rows are a view of the array and cost nothing; others are gathered, one call an array, into the memory
+        of an earlier batch once nobody holds that any more.
 
         Args:
             rows: ``(batch,)`` int64.
@@ -115,12 +117,37 @@ class CacheEntry:
         rows = rows.cpu()
         first, n = (int(rows[0]), len(rows)) if len(rows) else (0, 0)
         together = bool((rows == torch.arange(first, first + n)).all())
-        return {
-            name: (array[first : first + n] if together else array.index_select(0, rows)).to(
-                device, self.dtypes[name], non_blocking=True
-            )
-            for name, array in self.arrays.items()
-        }
+        read = {}
+        for name, array in self.arrays.items():
+            part = array[first : first + n] if together else self._buffers.gather(name, array, rows)
+            read[name] = part.to(device, self.dtypes[name], non_blocking=True)
+        return read
+
+
+def _references(tensor: Tensor) -> int:
+    """How many tensors and storage objects hold the tensor's memory; -1 where torch does not tell."""
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    return -1 if count is None else int(count(tensor.untyped_storage()._cdata))
+
+
+_ALONE = _references(torch.empty(1))
+
+
+class _Buffers:
+    """Memory for gathered rows: new pages for every batch cost several times as much as the copy into them."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def gather(self, name: str, array: Tensor, rows: Tensor) -> Tensor:
+        """``array[rows]``, in memory that was handed out before and is free again, or in new memory."""
+        shape = (len(rows), *array.shape[1:])
+        held = self._held.get(name)
+        with torch.inference_mode(False), torch.no_grad():  # memory made in inference mode could not be written again
+            if held is None or held.shape != shape or _ALONE < 0 or _references(held) > _ALONE:
+                held = self._held[name] = array.new_empty(shape)
+            torch.index_select(array, 0, rows.clone(), out=held)
+        return held.view(shape)  # a tensor of its own, so that whoever keeps it is counted
 
 
 class FeatureCache:

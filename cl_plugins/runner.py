@@ -11,8 +11,8 @@ A loop of your own needs no more than this (``fit_stream`` adds the refusals, th
 from __future__ import annotations
 
 import copy
-import os
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +31,12 @@ from cl_plugins.task import Stream, check_tasks
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
+_EXPECTED_WARNINGS = (  # said once per task, about what is meant to be so
+    r".*You passed in a `val_dataloader` but have no `validation_step`.*",
+    r".*Total length of `list` across ranks is zero.*",
+    r".*module\(s\) in eval mode at the start of training.*",
+    r".*Checkpoint directory .* exists and is not empty.*",
+)
 _RESET_BETWEEN_TASKS = ("EarlyStopping", "ModelCheckpoint")
 
 
@@ -237,8 +243,11 @@ def fit_stream(
         start_task(trainer, module, stream, index, seed)
         result.trainable_parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
         if _needs_fit(plugins):
-            # Lightning types the two packages' data modules apart
-            trainer.fit(module, datamodule=cast("Any", stream), ckpt_path=None if resume is None else os.fspath(resume))
+            with warnings.catch_warnings():
+                for message in _EXPECTED_WARNINGS:
+                    warnings.filterwarnings("ignore", message)
+                # Lightning types the two packages' data modules apart
+                trainer.fit(module, datamodule=cast("Any", stream), ckpt_path=None if resume is None else str(resume))
             if trainer.interrupted:
                 raise KeyboardInterrupt(f"training was stopped in task {index}; finished tasks are recorded")
         elif resume is not None:

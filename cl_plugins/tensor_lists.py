@@ -10,28 +10,31 @@ from torch import Tensor
 _CHUNK = 1 << 22
 """Elements that temporaries of a step may hold at once, unless one tensor alone is larger."""
 
+_SCALAR_LISTS = hasattr(torch.ops.aten._foreach_lerp_, "ScalarList")
 
-def chunks(sizes: Sequence[int], limit: int = _CHUNK) -> Iterator[slice]:
-    """Consecutive slices whose sizes sum to at most ``limit``; a larger single item gets its own slice.
+
+def chunks(tensors: Sequence[Tensor], limit: int = _CHUNK) -> Iterator[slice]:
+    """Consecutive slices of one dtype and device whose sizes sum to at most ``limit``; a larger tensor stands alone.
 
     Example:
-        >>> list(chunks([3, 3, 9, 1], limit=6))
+        >>> list(chunks([torch.zeros(n) for n in (3, 3, 9, 1)], limit=6))
         [slice(0, 2, None), slice(2, 3, None), slice(3, 4, None)]
     """
     start, held = 0, 0
-    for i, size in enumerate(sizes):
-        if i > start and held + size > limit:
+    for i, tensor in enumerate(tensors):
+        other = (tensor.dtype, tensor.device) != (tensors[start].dtype, tensors[start].device)
+        if i > start and (other or held + tensor.numel() > limit):
             yield slice(start, i)
             start, held = i, 0
-        held += size
-    if start < len(sizes):
-        yield slice(start, len(sizes))
+        held += tensor.numel()
+    if start < len(tensors):
+        yield slice(start, len(tensors))
 
 
 def l1_norms(tensors: Sequence[Tensor], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """L1 norms ``(tensors,)``, summed and given in ``dtype`` whatever that of the tensors, on ``device``."""
-    norms = torch._foreach_norm(list(tensors), 1, dtype=dtype)
-    return torch.stack([n.to(device, non_blocking=True) for n in norms])
+    norms = torch.stack(torch._foreach_norm(list(tensors), 1, dtype=dtype))
+    return norms.to(device, non_blocking=True)
 
 
 def cast_like(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
@@ -48,23 +51,25 @@ def interpolate_(averages: Sequence[Tensor], weights: Sequence[Tensor], alpha: T
 
     On an accelerator the weights stay on the device. On the CPU they are read, which waits for nothing there and lets
     the kernel be the one of a plain moving average.
+
+    Args:
+        averages: all of one dtype and device.
+        weights: of the same.
+        alpha: a number, or ``(tensors,)``.
     """
     targets, sources = list(averages), list(weights)
-    if any(t.dtype in (torch.bfloat16, torch.float16) for t in targets):
+    if not targets:
+        return
+    dtype, device = targets[0].dtype, targets[0].device
+    if dtype in (torch.bfloat16, torch.float16):
         # the released code's two products, whose rounding decides whether such an average moves at all
         per_tensor = alpha if isinstance(alpha, Tensor) else torch.full((len(targets),), alpha)
-        for average, weight, a in zip(targets, sources, per_tensor.unbind(), strict=True):
-            a = a.to(average.device)
-            old = ((1.0 - a) * average.float()).to(average.dtype)
-            average.copy_(old + (a * weight.float()).to(average.dtype))
+        for average, weight, a in zip(targets, sources, per_tensor.to(device).unbind(), strict=True):
+            old = ((1.0 - a) * average.float()).to(dtype)
+            average.copy_(old + (a * weight.float()).to(dtype))
     elif not isinstance(alpha, Tensor):
         torch._foreach_lerp_(targets, sources, alpha)
-    elif alpha.device.type == "cpu" and all(t.device.type == "cpu" for t in targets):
-        for average, weight, a in zip(targets, sources, alpha.tolist(), strict=True):
-            average.lerp_(weight, a)
+    elif _SCALAR_LISTS and device.type == "cpu" and alpha.device.type == "cpu":
+        torch._foreach_lerp_(targets, sources, alpha.tolist())
     else:
-        torch._foreach_lerp_(
-            targets,
-            sources,
-            [a.to(t.device, t.dtype, non_blocking=True) for a, t in zip(alpha.unbind(), targets, strict=True)],
-        )
+        torch._foreach_lerp_(targets, sources, list(alpha.to(device, dtype, non_blocking=True).unbind()))

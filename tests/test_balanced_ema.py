@@ -135,6 +135,31 @@ def test_bfloat16_weights_keep_float32_averages():
     assert {t.dtype for t in [*ema.average.averager.averages, *ema.average.averager.previous]} == {torch.float32}
 
 
+@pytest.mark.parametrize("epochs", [1, 5])
+def test_horizon_does_not_depend_on_the_number_of_steps(epochs):
+    class Fixed(Regression):
+        """Ends where it is after the first step."""
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+        def on_train_start(self):
+            with torch.no_grad():
+                for p in self.parameters():
+                    p.add_(1.0)
+
+    module, start = Fixed(), Fixed().net[0].weight.detach().clone()
+    trainer = quiet_trainer(callbacks=[BalancedEMA("horizon", keep=0.25)], max_epochs=epochs)
+    trainer.fit(module, regression_data())
+    torch.testing.assert_close(module.net[0].weight.detach(), start + 0.75, rtol=1e-5, atol=1e-5)
+
+
+def test_horizon_needs_an_end():
+    trainer = quiet_trainer(callbacks=[BalancedEMA("horizon")], max_epochs=-1)
+    with pytest.raises(ValueError, match="set the Trainer's `max_epochs`"):
+        trainer.fit(Regression(), regression_data())
+
+
 # what it averages
 
 

@@ -101,7 +101,7 @@ def test_report_is_written_for_a_folder_of_runs(tmp_path, capsys):
 def test_list_names_every_method_and_scenario(capsys):
     assert main(["list"]) == 0
     printed = capsys.readouterr().out
-    for name in [*recipe_names(), "split-digits", "split-glyphs-100", "split-glyphs-1000", "cifar100"]:
+    for name in [*recipe_names(), "split-digits", "split-glyphs-100", "split-glyphs-1000", "split-cifar100"]:
         assert f"  {name} " in printed
 
 

@@ -87,6 +87,19 @@ def test_fixed_decay_equals_torch_from_the_second_step():
     assert ours.previous == []  # a fixed decay reads no gradient and keeps none
 
 
+def test_horizon_leaves_its_share_of_the_old_weights():
+    averager = BalancedAverager(make_rule("horizon", keep=0.3))
+    averager.join(["w"], [torch.ones(3)])
+    with pytest.raises(
+        ValueError, match="`steps` must be the number of steps of the task for rule 'horizon', got None"
+    ):
+        averager.update([torch.zeros(3)], [None])
+    averager.total_steps = 250
+    for _ in range(250):
+        averager.update([torch.zeros(3)], [None])
+    torch.testing.assert_close(averager.averages[0], torch.full((3,), 0.3), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("granularity", ["module", "global"])
 def test_shared_weights_come_from_summed_norms(granularity):
     weights, grads = _course()
@@ -173,7 +186,7 @@ def test_memory_is_two_float32_copies(rule):
     averager = BalancedAverager(rule)
     weights = [torch.zeros(100, 30, dtype=torch.bfloat16), torch.zeros(7)]
     averager.join(["a", "b"], weights)
-    copies = 1 if rule == "fixed" else 2
+    copies = 1 if rule in ("fixed", "horizon") else 2
     assert averager.state_bytes() == copies * 4 * 3007
     assert {t.dtype for t in [*averager.averages, *averager.previous]} == {torch.float32}
 
@@ -218,6 +231,7 @@ def test_state_round_trip_continues_bitwise():
         whole = BalancedAverager(rule)
         whole.join(["a", "b"], weights[0])
         rest = BalancedAverager(rule)
+        whole.total_steps = rest.total_steps = 12
         for step in range(12):
             if step == 6:
                 rest.load_state_dict(copy.deepcopy(whole.state_dict()), [torch.zeros_like(w) for w in weights[0]])

@@ -66,7 +66,9 @@ def _divisor(z: Tensor, x: Tensor, keys: Tensor, norm: ScoreNorm, dtype: torch.d
     return None
 
 
-def route(z: Tensor, x: Tensor, keys: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
+def route(
+    z: Tensor, x: Tensor, keys: Tensor, routing: Routing, *, ordered: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
     """Choose experts, in float32 or wider whatever the dtype of ``z``.
 
     Args:
@@ -74,19 +76,23 @@ def route(z: Tensor, x: Tensor, keys: Tensor, routing: Routing) -> tuple[Tensor,
         x: tokens ``(tokens, dim)``; used by the "cosine" norm alone.
         keys: ``(groups, experts, dim)``; likewise.
         routing: the rule.
+        ordered: sort the chosen by falling score, which the sum does not need.
 
     Returns:
-        Indices ``(tokens, groups, k)`` int64 by falling score, their scores, their weights before the threshold.
+        Indices ``(tokens, groups, k)`` int64, their scores, their weights before the threshold.
     """
     dtype = torch.promote_types(z.dtype, torch.float32)
     score = z.to(dtype)
     divisor = _divisor(z, x, keys, routing.score_norm, dtype)
-    if routing.score_norm == "bank_l2":  # dividing by one positive number keeps the order: select first, divide less
-        value, index = score.topk(routing.top_k, dim=-1)
+    if routing.top_k == z.shape[-1] and not ordered:  # the first task: everything is chosen
+        index = torch.arange(routing.top_k, device=z.device).expand_as(z)
+        value = score if divisor is None else score / divisor
+    elif routing.score_norm == "bank_l2":  # dividing by one positive number keeps the order: select first, divide less
+        value, index = score.topk(routing.top_k, dim=-1, sorted=ordered)
         assert divisor is not None
         value = value / divisor
     else:
-        value, index = (score if divisor is None else score / divisor).topk(routing.top_k, dim=-1)
+        value, index = (score if divisor is None else score / divisor).topk(routing.top_k, dim=-1, sorted=ordered)
     return index, value, (value / routing.temperature).softmax(-1)
 
 
@@ -135,7 +141,7 @@ class _RankExperts(torch.autograd.Function):
         keys = torch.cat([old_keys, new_keys], 1) if old_keys.shape[1] else new_keys
         values = torch.cat([old_values, new_values], 1) if old_values.shape[1] else new_values
         z = responses(x, keys)
-        index, score, weight = route(z, x, keys, routing)
+        index, score, weight = route(z, x, keys, routing, ordered=False)
         chosen = z.gather(-1, index)
         coefficient = (masked(weight, score, routing.threshold) * routing.scaling).to(z.dtype) * chosen
         # 16 bits name up to 32767 experts; the weights are read as probabilities only
@@ -154,7 +160,9 @@ class _RankExperts(torch.autograd.Function):
         n_old = old_keys.shape[1]
         index = index.long()
         g = grad.view(len(x), groups, out)
-        h = torch.stack([g[:, i] @ values[i].T for i in range(groups)], 1)  # (tokens, groups, experts)
+        h = torch.empty_like(z) if groups > 1 else (grad @ values[0].T)[:, None]  # (tokens, groups, experts)
+        for i in range(groups if groups > 1 else 0):
+            h[:, i] = g[:, i] @ values[i].T
 
         dtype = weight.dtype
         divisor = _divisor(z, x, keys, rule.score_norm, dtype)
@@ -166,12 +174,14 @@ class _RankExperts(torch.autograd.Function):
         q = z_chosen * (h_chosen if rule.threshold <= 0 else h_chosen * (score >= rule.threshold)) * rule.scaling
         e = weight * (q - (weight * q).sum(-1, keepdim=True)) / rule.temperature
         through_score = e if n_chosen is None else e / n_chosen
-        dz = _spread(index, (per_value + through_score).to(z.dtype), experts)
+        at_chosen = (per_value + through_score).to(z.dtype)
         pull = (score * e).sum(-1, keepdim=True)
         if rule.score_norm == "bank_l2":
             assert divisor is not None
-            # a bank whose norm was clamped has a constant divisor; its z is 0, so the term vanishes by itself
-            dz = dz.addcmul(z, (pull / divisor.square()).to(z.dtype), value=-1)
+            # a token whose norm was clamped has a constant divisor; its z is 0, so the term vanishes by itself
+            dz = (z * (pull / divisor.square()).neg().to(z.dtype)).scatter_add_(-1, index, at_chosen)
+        else:
+            dz = _spread(index, at_chosen, experts)
 
         dx = d_new_keys = d_new_values = None
         if ctx.needs_input_grad[0]:
@@ -186,7 +196,9 @@ class _RankExperts(torch.autograd.Function):
                 per_key = per_key.unsqueeze(-1) / _norm(new_keys, dtype).square()
                 d_new_keys = d_new_keys - new_keys * per_key.to(x.dtype)
         if ctx.needs_input_grad[4]:
-            u = _spread(index, (active * z_chosen).to(z.dtype), experts)[..., n_old:]
+            # a first column takes what belongs to frozen experts and is dropped
+            place = index if n_old == 0 else (index - (n_old - 1)).clamp_min_(0)
+            u = _spread(place, (active * z_chosen).to(z.dtype), experts - n_old + min(n_old, 1))[..., min(n_old, 1) :]
             d_new_values = torch.stack([u[:, i].T @ g[:, i] for i in range(groups)])
         return dx, None, d_new_keys, None, d_new_values, None, None
 

@@ -100,6 +100,16 @@ class SideAttention(nn.Module):
         result: Tensor = self.proj(out.transpose(1, 2).flatten(2))
         return result
 
+    def first_token(self, x: Tensor) -> Tensor:
+        """What the first token ``(batch, 1, dim)`` gets of ``x``, without the other tokens' queries."""
+        dim = x.shape[2]
+        q_bias, kv_bias = (None, None) if self.qkv.bias is None else self.qkv.bias.split([dim, 2 * dim])
+        q_weight, kv_weight = self.qkv.weight.split([dim, 2 * dim])
+        q = F.linear(x[:, :1].clone(), q_weight, q_bias).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        k, v = F.linear(x, kv_weight, kv_bias).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        result: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return result
+
 
 class SideMlp(nn.Module):
     """Two layers around an activation.
@@ -153,6 +163,11 @@ class SideBlock(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """``(batch, tokens, dim)`` to the same."""
         x = x + self.attn(self.norm1(x), mask)
+        return x + self.mlp(self.norm2(x))
+
+    def first_token(self, x: Tensor) -> Tensor:
+        """The first token of :meth:`forward` ``(batch, 1, dim)``, at a fraction of its cost."""
+        x = x[:, :1] + self.attn.first_token(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
 
@@ -266,7 +281,19 @@ class LadderSide(SideNetwork):
             stream = self.layer(index, stream, taps[index + 1], mask)
         return stream
 
+    def _pooled(self, taps: Mapping[int, Tensor]) -> Tensor:
+        """The pooled stream ``(batch, width)``; the last block computes one token where only one is read."""
+        if self.layout.pool != "token" or self.fuse == "after":
+            return self.layout.reduce(self.stream(taps))
+        stream: Tensor = self.first(taps[0])
+        for index in self.layers[:-1]:
+            stream = self.layer(index, stream, taps[index + 1])
+        last = str(self.layers[-1])
+        block = self.blocks[last]
+        assert isinstance(block, SideBlock)
+        return block.first_token(self._fuse(last, stream, taps[self.layers[-1] + 1]))[:, 0]
+
     def forward(self, record: TapRecord, base: Tensor) -> Tensor:
         """The feature ``(batch, dim)``."""
-        feature: Tensor = self.up(self.norm(self.layout.reduce(self.stream(record.taps))))
+        feature: Tensor = self.up(self.norm(self._pooled(record.taps)))
         return feature

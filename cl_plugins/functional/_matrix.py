@@ -233,7 +233,7 @@ def read_matrix(
                 f"`n_test` must have the shape ({tasks},) or (..., {rows}, {tasks}), got {tuple(weights.shape)}"
             )
         weights = weights[None, :].expand(rows, tasks) if weights.ndim == 1 else weights
-    measured = (~cells.isnan()).any(-1).reshape(-1, rows).any(0)
+    measured = (~cells.isnan()).any(-1).unsqueeze(0).flatten(0, -2).any(0)
     keep = measured | torch.isin(torch.arange(rows, device=cells.device), learned)
     if not bool(keep.all()):
         cells = cells[..., keep, :]

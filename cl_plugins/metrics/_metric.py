@@ -28,7 +28,7 @@ class MatrixMetric(MatrixState):
     name: ClassVar[str]
     function: ClassVar[Callable[..., Any]]
     needs: ClassVar[frozenset[str]] = frozenset()
-    """What a value requires: ``"old"`` a second boundary, ``"initial"`` the initial row, or a reference by name."""
+    """What a value requires: ``"old"`` task, ``"second"`` boundary, ``"initial"`` row, or a reference by name."""
 
     def __init__(self, n_tasks: int | None = None, **kwargs: Any) -> None:
         super().__init__(n_tasks, **kwargs)
@@ -50,7 +50,7 @@ class MatrixMetric(MatrixState):
         return type(self).function(matrix, **common)
 
     def compute(self) -> Any:
-        """The value for the rows written so far, float64; NaN where it is undefined, with the reason in ``undefined``."""
+        """The value for the rows written so far, float64; where it is NaN, ``undefined`` says why."""
         matrix = self.matrix
         value = self._value(matrix, self.common())
         parts = value.values() if isinstance(value, dict) else [value]
@@ -65,19 +65,18 @@ class MatrixMetric(MatrixState):
         learned = [step for step in self.common()["learned_at"] if step is not None and 0 <= step < rows]
         if not learned:
             return "no task was learned by the last row"
-        for name in sorted(self.needs - {"old", "initial"}):
+        for name in sorted(self.needs - {"old", "second", "initial"}):
             if getattr(self, name) is None:
                 return f"the reference `{name}` was not given"
-        if "old" in self.needs and len({*learned, rows - 1} if "final" in self.needs else set(learned)) < 2:
-            return "only one task was learned, so there is no old task"
+        if "old" in self.needs and min(learned) == rows - 1:
+            return "no task was learned before the last row, so there is no old task"
+        if "second" in self.needs and len(set(learned)) < 2:
+            return "only one task was learned"
         if "initial" in self.needs and self.initial is None:
             return "the initial row was not measured: evaluate before training and write row -1"
         hole = _first_hole(matrix, self.common()["learned_at"])
         if hole is not None:
             return f"row {hole[0]}, column {hole[1]} was not measured; nan_policy='omit' leaves such cells out"
-        return self._last_reason()
-
-    def _last_reason(self) -> str:
         return "no task is left to average over"
 
     def reset_all(self) -> None:

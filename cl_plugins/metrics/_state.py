@@ -29,7 +29,7 @@ def _counts(name: str, values: Counts, device: torch.device) -> Tensor:
 class MatrixState(Metric):
     """Counts per evaluation and task, and how they are written, synchronized and restored.
 
-    The state is ``correct`` and ``total`` ``(rows + 1, tasks)`` int64, summed over processes, with the initial row first.
+    The state is ``correct`` and ``total`` ``(rows + 1, tasks)`` int64, summed over processes, the initial row first.
     Rows grow by doubling, and so do columns when ``n_tasks`` is None. It is part of ``state_dict``.
 
     WHEN: ``update`` adds counts to cells, per batch or per evaluation. ``compute`` must run on every process. ``reset``

@@ -1,23 +1,38 @@
 """The charts, as Bokeh figures over empty sources.
 
-The page's script fills the sources from the counts and reacts to the reader. No name of a run, task or class ever reaches
-Bokeh: axes show numbers, and the page itself writes names as text.
+The page's script fills the sources from the counts and reacts to the reader. No name of a run, task or class ever
+reaches Bokeh: axes show numbers, and the page itself writes names as text.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
+from bokeh.document import Document
 from bokeh.embed.util import standalone_docs_json_and_render_items
 from bokeh.models import BasicTicker, ColumnDataSource, FixedTicker, LinearColorMapper, NumeralTickFormatter, Range1d
 from bokeh.palettes import Cividis256
 from bokeh.plotting import figure
 
-CHANGE = [
-    *("#7f3b08", "#8f450a", "#a0500d", "#b15c12", "#c06b1e", "#cd7b33", "#d98d4d", "#e3a06b", "#ecb48b", "#f3c9ac"),
-    *("#f7ded0", "#f3f1ee", "#d6e2ee", "#b8cfe4", "#99bad8", "#7aa4cb", "#5d8ebd", "#4378ac", "#2e6399", "#1f4f85"),
-    *("#143e70", "#0c2e5a"),
-]
+from ._text import embedded_json
+
+_ANCHORS = ("#7f3b08", "#b15c12", "#d98d4d", "#f3c9ac", "#f3f1ee", "#b8cfe4", "#7aa4cb", "#2e6399", "#0c2e5a")
+
+
+def _blend(anchors: tuple[str, ...], steps: int) -> list[str]:
+    """``steps`` colors along the anchors, evenly spaced."""
+    channels = [[int(color[k : k + 2], 16) for k in (1, 3, 5)] for color in anchors]
+    colors = []
+    for step in range(steps):
+        at = step * (len(anchors) - 1) / (steps - 1)
+        low = min(int(at), len(anchors) - 2)
+        mixed = (round(a + (at - low) * (b - a)) for a, b in zip(channels[low], channels[low + 1], strict=True))
+        colors.append("#" + "".join(f"{c:02x}" for c in mixed))
+    return colors
+
+
+CHANGE = _blend(_ANCHORS, 129)
 """Losses in orange, gains in blue, nothing in the middle."""
 
 ACCENT = "#d1495b"
@@ -29,7 +44,7 @@ def _source(*columns: str) -> ColumnDataSource:
 
 
 def _whole_numbers() -> BasicTicker:
-    return BasicTicker(mantissas=[1, 2, 5], min_interval=1, num_minor_ticks=0)
+    return BasicTicker(mantissas=[1, 2, 5], min_interval=1, num_minor_ticks=0, desired_num_ticks=10)
 
 
 def _figure(name: str, height: int, x_title: str, y_title: str, *, tools: str = "", percent: bool = True) -> Any:
@@ -40,8 +55,8 @@ def _figure(name: str, height: int, x_title: str, y_title: str, *, tools: str = 
         sizing_mode="stretch_width",
         tools=tools,
         toolbar_location="above" if tools else None,
-        x_range=Range1d(-0.5, 1.5),
-        y_range=Range1d(0, 1),
+        x_range=Range1d(start=-0.5, end=1.5),
+        y_range=Range1d(start=0, end=1),
         x_axis_label=x_title,
         y_axis_label=y_title,
         active_drag=None,
@@ -70,7 +85,7 @@ def _figure(name: str, height: int, x_title: str, y_title: str, *, tools: str = 
     plot.xgrid.grid_line_color = None
     plot.ygrid.grid_line_alpha = 0.6
     if percent:
-        plot.yaxis.formatter = NumeralTickFormatter(format="0.0")
+        plot.yaxis.formatter = NumeralTickFormatter(format="0.0[0]")
     return plot
 
 
@@ -92,14 +107,20 @@ def _mark(plot: Any, kind: str, **options: Any) -> None:
         )  # fmt: skip
 
 
+def _segments(plot: Any, name: str, **options: Any) -> None:
+    plot.segment("x0", "y0", "x1", "y1", source=_source("x0", "y0", "x1", "y1"), name=name, **options)
+
+
 def _image(plot: Any, name: str, mapper: LinearColorMapper) -> None:
+    plot.quad(
+        "left", "right", "bottom", "top", source=_source("left", "right", "bottom", "top"), name="blank",
+        fill_color=None, line_color=None, hatch_pattern="/", hatch_scale=9, hatch_weight=1, hatch_color="#cfcbc1",
+    )  # fmt: skip
     plot.image(
         image="image", x="x", y="y", dw="dw", dh="dh", source=_source("image", "x", "y", "dw", "dh"),
-        color_mapper=mapper, name=name, origin="top_left", anchor="top_left",
+        color_mapper=mapper, name=name,
     )  # fmt: skip
-    plot.segment(
-        "x0", "y0", "x1", "y1", source=_source("x0", "y0", "x1", "y1"), name="gaps", line_color="#ffffff", line_width=1.5
-    )
+    _segments(plot, "gaps", line_color="#ffffff", line_width=1.5)
     plot.text(
         "x", "y", text="text", text_color="color", source=_source("x", "y", "text", "color"), name="labels",
         text_align="center", text_baseline="middle", text_font_size="11px",
@@ -108,10 +129,7 @@ def _image(plot: Any, name: str, mapper: LinearColorMapper) -> None:
 
 def _matrix(name: str, height: int, x_title: str, y_title: str) -> Any:
     plot = _figure(name, height, x_title, y_title, tools="pan,box_zoom,wheel_zoom,reset,save", percent=False)
-    plot.y_range = Range1d(1, 0)
-    plot.background_hatch_pattern = "/"
-    plot.background_hatch_scale = 7
-    plot.background_hatch_weight = 1
+    plot.y_range = Range1d(start=1, end=0)
     plot.grid.grid_line_color = None
     plot.yaxis.ticker = _whole_numbers()
     plot.yaxis.formatter = NumeralTickFormatter(format="0")
@@ -122,7 +140,7 @@ def _matrix(name: str, height: int, x_title: str, y_title: str) -> Any:
 
 
 def _retention() -> Any:
-    plot = _figure("retention", 430, "after task", "accuracy", tools="pan,box_zoom,wheel_zoom,reset,save")
+    plot = _figure("retention", 540, "after task", "accuracy", tools="pan,box_zoom,wheel_zoom,reset,save")
     bands = _source("x", "low", "q1", "median", "q3", "high")
     plot.varea("x", "low", "high", source=bands, name="band", fill_color=_INK, fill_alpha=0.16)
     plot.varea("x", "q1", "q3", source=bands, name="band", fill_color=_INK, fill_alpha=0.26)
@@ -143,10 +161,8 @@ def _retention() -> Any:
 
 
 def _waterfall() -> Any:
-    plot = _figure("waterfall", 320, "", "accuracy, mean over tasks")
-    plot.segment(
-        "x0", "y0", "x1", "y1", source=_source("x0", "y0", "x1", "y1"), name="joins", line_color=_INK, line_dash="dotted"
-    )
+    plot = _figure("waterfall", 400, "", "accuracy, mean over tasks")
+    _segments(plot, "joins", line_color=_INK, line_dash="dotted")
     plot.vbar(
         x="x", top="top", bottom="bottom", width=0.72, source=_source("x", "top", "bottom", "color", "hatch"),
         fill_color="color", line_color=None, hatch_pattern="hatch", hatch_color="#ffffff", hatch_alpha=0.55,
@@ -164,11 +180,8 @@ def _waterfall() -> Any:
 def _plane() -> Any:
     plot = _figure("plane", 380, "plasticity: accuracy when learned", "stability: accuracy now", tools="")
     plot.xaxis.ticker = BasicTicker()
-    plot.xaxis.formatter = NumeralTickFormatter(format="0.0")
-    plot.segment(
-        "x0", "y0", "x1", "y1", source=_source("x0", "y0", "x1", "y1"), name="diagonal", line_color=_INK,
-        line_dash="dashed",
-    )  # fmt: skip
+    plot.xaxis.formatter = NumeralTickFormatter(format="0.0[0]")
+    _segments(plot, "diagonal", line_color=_INK, line_dash="dashed")
     plot.scatter("x", "y", source=_source("x", "y"), name="tasks", size=8, fill_alpha=0.28, line_width=1.5, color=_INK)
     _runs(plot)
     _mark(plot, "point")
@@ -177,8 +190,8 @@ def _plane() -> Any:
 
 def _runs(plot: Any) -> None:
     plot.scatter(
-        "x", "y", source=_source("x", "y", "color", "marker", "size", "alpha"), name="runs", marker="marker", size="size",
-        fill_color="color", fill_alpha="alpha", line_color="color", line_width=2,
+        "x", "y", source=_source("x", "y", "color", "marker", "size", "alpha"), name="runs",
+        marker="marker", size="size", fill_color="color", fill_alpha="alpha", line_color="color", line_width=2,
     )  # fmt: skip
 
 
@@ -194,6 +207,15 @@ def _cost() -> Any:
         line_width=1.5,
     )  # fmt: skip
     _runs(plot)
+    _mark(plot, "point")
+    return plot
+
+
+def _recency() -> Any:
+    plot = _figure("recency", 430, "after task", "task recency bias")
+    _segments(plot, "diagonal", line_color=_INK, line_dash="dashed")
+    plot.line("x", "y", source=_source("x", "y"), name="line", line_color=_INK, line_width=2)
+    plot.scatter("x", "y", source=_source("x", "y"), name="dots", color=_INK, size=7)
     _mark(plot, "point")
     return plot
 
@@ -236,13 +258,23 @@ def build_figures(panels: int, confusion: bool) -> list[Any]:
     plots = [_matrix("matrix", 520, "evaluated on task", "after task"), _retention(), _waterfall(), _plane(), _cost()]
     plots += [_bars("seconds", "seconds"), _bars("parameters", "parameters"), _bars("memory", "MiB")]
     if confusion:
-        plots.append(_matrix("confusion", 430, "predicted task", "true task"))
+        plots += [_matrix("confusion", 430, "predicted task", "true task"), _recency()]
     return plots + [_panel(i) for i in range(panels)]
+
+
+@lru_cache(maxsize=8)
+def figures_json(panels: int, confusion: bool) -> str:
+    """The charts of a page as embedded JSON, ready for a script element; they are the same for all runs."""
+    documents, items = serialize(build_figures(panels, confusion))
+    return embedded_json({"documents": documents, "items": items})
 
 
 def serialize(plots: list[Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The document as JSON, and where each figure goes: the element ``plot-<name>``."""
-    documents, _ = standalone_docs_json_and_render_items(plots)
+    whole = Document()
+    for plot in plots:
+        whole.add_root(plot)
+    documents, _ = standalone_docs_json_and_render_items(whole)
     ((identity, document),) = documents.items()
     roots = {plot.id: f"plot-{plot.name}" for plot in plots}
     return {identity: document}, [{"docid": identity, "roots": roots, "root_ids": list(roots)}]

@@ -87,7 +87,7 @@ MEASURES: dict[str, Measure] = {
         functional.forward_transfer,
     ),
 }
-HEADLINE = tuple(list(MEASURES)[:5]) + ("worst_task_accuracy",)
+HEADLINE = (*list(MEASURES)[:5], "worst_task_accuracy")
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -12,7 +12,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
+from cl_plugins import functional
 from cl_plugins.runs import Counts, Run
 
 from ._numbers import Group, TaskNumbers, class_order, task_numbers
@@ -30,7 +32,7 @@ def finite(values: Sequence[float]) -> list[float | None]:
 
 
 def _packed(values: Counts) -> dict[str, Any]:
-    """Non-negative integers and -1, as bytes of the narrowest type that holds them; the type's maximum stands for -1."""
+    """Non-negative integers and -1, as bytes of the narrowest type that holds them; its maximum stands for -1."""
     top = int(values.max(initial=0))
     kind = next((k for k in ("u1", "u2", "u4") if top < np.iinfo(k).max), None)
     if kind is None:
@@ -149,7 +151,17 @@ def _numbers(numbers: TaskNumbers) -> dict[str, Any]:
 
 def _confusions(run: Run) -> list[dict[str, Any]]:
     kept = [(after, table) for after, table in sorted(run.confusion.items()) if 0 < len(table) <= 100]
-    return [{"after": after, "n": len(t), "counts": _packed(t.ravel())} for after, t in kept[-_LAST_CONFUSIONS:]]
+    return [
+        {"after": after, "n": len(t), "counts": _packed(t.ravel()), "bias": _recency(after, t)}
+        for after, t in kept[-_LAST_CONFUSIONS:]
+    ]
+
+
+def _recency(after: int, table: Counts) -> float | None:
+    """Task recency bias over the tasks learned so far; None where it is undefined."""
+    seen = [j for j in range(len(table)) if j <= after]
+    old_and_new = torch.from_numpy(np.where(np.arange(len(table))[:, None] <= after, table, 0))
+    return finite([float(functional.task_recency_bias(old_and_new, seen, range(len(table))))])[0] if seen else None
 
 
 def payload(

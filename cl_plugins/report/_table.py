@@ -84,4 +84,5 @@ def as_latex(lines: Sequence[Sequence[str]]) -> str:
     safe = [["".join(_LATEX.get(ch, ch) for ch in " ".join(c.split())) for c in line] for line in lines]
     head, *body = (" & ".join(line) + r" \\" for line in safe)
     columns = "ll" + "r" * (len(safe[0]) - 2)
-    return "\n".join([rf"\begin{{tabular}}{{{columns}}}", r"\hline", head, r"\hline", *body, r"\hline", r"\end{tabular}"])
+    rule = r"\hline"
+    return "\n".join([rf"\begin{{tabular}}{{{columns}}}", rule, head, rule, *body, rule, r"\end{tabular}"])

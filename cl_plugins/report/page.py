@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import html
 import json
 import os
 import secrets
 import time
-import unicodedata
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from bokeh.resources import Resources
 
 from cl_plugins.runs import Run, read_run, read_runs
 
-from ._figures import CHANGE, build_figures, serialize
+from ._figures import CHANGE, figures_json
 from ._numbers import (
     HEADLINE,
     MEASURES,
@@ -35,33 +34,21 @@ from ._numbers import (
 )
 from ._payload import payload
 from ._table import as_csv, as_latex, as_markdown, table_lines
+from ._text import embedded_json, name, text
 
 _SCRIPTS = ("core.js", "charts.js", "compare.js", "main.js")
-_LONGEST_NAME = 200
+_PANEL = (
+    '<figure id="box-panel{0}"><figcaption></figcaption><div class="plot" id="plot-panel{0}" tabindex="0"></div>'
+    '<div class="key"></div></figure>'
+)
 
 
-def text(value: Any) -> str:
-    """``value`` as HTML text: markup, control characters and half surrogates lose their power."""
-    shown = str(value)
-    clean = "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t" else c for c in shown)
-    return html.escape(clean, quote=True)
-
-
-def name(value: Any) -> str:
-    """A name as isolated HTML text, so that its writing direction stays its own."""
-    return f"<bdi>{text(str(value)[:_LONGEST_NAME])}</bdi>"
-
-
-def embedded_json(value: Any) -> str:
-    """JSON that cannot end the script element it stands in."""
-    plain = json.dumps(value, allow_nan=False, separators=(",", ":"))
-    return plain.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
+@lru_cache(maxsize=16)
 def _asset(file: str) -> str:
     return (resources.files("cl_plugins.report") / "assets" / file).read_text(encoding="utf-8")
 
 
+@lru_cache(maxsize=1)
 def _bokeh() -> str:
     """Bokeh's core script; widgets, tables and typesetting are not needed."""
     scripts = Resources(mode="inline", components=["bokeh"], log_level="error").js_raw
@@ -100,7 +87,7 @@ def _tile(measure: str, shown: str, note: str) -> str:
 
 def _tiles(groups: Sequence[Group], values: Sequence[dict[str, float]], selections: Sequence[str]) -> str:
     """The headline numbers of every selectable run and method; the script shows one set at a time."""
-    sets = []
+    sets: list[str] = []
     for selection in selections:
         index = int(selection[1:])
         tiles = []
@@ -113,7 +100,8 @@ def _tiles(groups: Sequence[Group], values: Sequence[dict[str, float]], selectio
             if summary is None:
                 tiles.append(_tile(measure, UNDEFINED, ""))
                 continue
-            spread = "no interval below 3 runs" if summary.half_width is None else f"± {number(summary.half_width)} (95 % t)"
+            half = summary.half_width
+            spread = "no interval below 3 runs" if half is None else f"± {number(half)} (95 % t)"
             tiles.append(_tile(measure, number(summary.mean), f"{spread}, n = {summary.n}"))
         hidden = "" if not sets else " hidden"
         sets.append(f'<div class="tiles" data-selection="{selection}"{hidden}>{"".join(tiles)}</div>')
@@ -226,7 +214,6 @@ def render_report(runs: Sequence[Run], title: str | None = None) -> str:
     data = payload(runs, groups, values, labels)
     panels = max(len(run["panels"]) for run in data["runs"])
     confusion = any(run["confusions"] for run in data["runs"])
-    documents, items = serialize(build_figures(panels, confusion))
     lines = table_lines(runs, groups, values)
     data["selections"] = selections
     data["change"] = CHANGE
@@ -247,17 +234,16 @@ def render_report(runs: Sequence[Run], title: str | None = None) -> str:
         "table": _table(lines),
         "provenance": _provenance(runs, labels),
         "definitions": _definitions(),
-        "panels": "".join(f'<figure id="box-panel{i}"><figcaption></figcaption><div class="plot" id="plot-panel{i}"></div>'
-                          '<div class="key"></div></figure>' for i in range(panels)),
+        "panels": "".join(_PANEL.format(i) for i in range(panels)),
         "written": _moment(time.time()),
         "count": f"{len(runs)} run{'s' * (len(runs) != 1)}",
         "confusion": "" if confusion else " hidden",
         "has_panels": "" if panels else " hidden",
-        "documents": embedded_json({"documents": documents, "items": items}),
+        "documents": figures_json(panels, confusion),
         "data": embedded_json(data),
         "bokeh": scripts[0],
         "script": scripts[1],
-    }  # fmt: skip
+    }
     page = []
     for k, piece in enumerate(_asset("report.html").split("@@")):
         page.append(parts[piece] if k % 2 else piece)

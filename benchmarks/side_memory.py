@@ -1,0 +1,226 @@
+"""What side networks save: bytes that autograd keeps and time per step, against full fine-tuning in the same run.
+
+    python benchmarks/side_memory.py                        # bytes for ViT-Ti, -S, -B; step times for ViT-Ti and -S
+    python benchmarks/side_memory.py --sizes Ti --no-bytes  # times alone
+    python benchmarks/side_memory.py --device cuda          # peak memory of the device as well
+
+Bytes: distinct storages that a forward pass with loss saves for backward, without parameters, buffers and images. Times:
+forward, backward and AdamW, the methods one after the other in each round, best of the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+from cl_plugins import ContinualCallback, Task
+from cl_plugins.callbacks import (
+    CacheFeatures,
+    FrozenBackbone,
+    HierarchicalSideTuning,
+    LadderSideTuning,
+    LeanHierarchicalSideTuning,
+    LoRA,
+    Sherl,
+)
+from cl_plugins.feature_cache import CacheEntry, CacheKey, FeatureCache
+
+MODELS = {"Ti": "vit_tiny_patch16_224", "S": "vit_small_patch16_224", "B": "vit_base_patch16_224"}
+METHODS: dict[str, Callable[[], ContinualCallback | None]] = {
+    "full fine-tuning": lambda: None,
+    "LoRA qkv r8": lambda: LoRA(8, ["qkv"], qkv_mode="fused"),
+    "LST r8": lambda: LadderSideTuning(8, "none", init="random"),
+    "LST r8, quarter dropped": lambda: LadderSideTuning(8, "quarter", init="random"),
+    "LST r16": lambda: LadderSideTuning(16, "none", init="random"),
+    "SHERL r8": lambda: Sherl(8),
+    "HST lean": lambda: LeanHierarchicalSideTuning(),
+    "HST as published": lambda: HierarchicalSideTuning(),
+    "linear": lambda: FrozenBackbone(),
+}
+TIMED = ("full fine-tuning", "LoRA qkv r8", "LST r8", "SHERL r8")
+CACHED = ("LST r8", "SHERL r8")
+TASK = Task(0, tuple(range(100)))
+
+
+def build(size: str, method: str, device: str) -> tuple[nn.Module, ContinualCallback | None]:
+    """A model with a method at work."""
+    torch.manual_seed(0)
+    model = timm.create_model(MODELS[size], num_classes=100).to(device)
+    plugin = METHODS[method]()
+    if plugin is not None:
+        plugin.install(model)
+        plugin.start_task(model, TASK)
+    return model.to(device).train(), plugin
+
+
+def saved_bytes(model: nn.Module, x: Tensor, y: Tensor) -> int:
+    """Bytes that autograd keeps in a forward pass with loss."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = cross_entropy(model(x), y)
+    for tensor in (*model.parameters(), *model.buffers(), x):
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    del loss
+    return sum(kept.values())
+
+
+class _Stream:
+    """One task of random images: what the cache asks a stream for."""
+
+    name, n_classes, task, tasks = "random", 100, 0, (TASK,)
+
+    def __init__(self, n: int, batch_size: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(n, 3, 224, 224, generator=generator)
+        self.data = TensorDataset(images, torch.randint(0, 100, (n,), generator=generator))
+        self.batch_size = batch_size
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.data, self.batch_size, shuffle=True, generator=torch.Generator().manual_seed(0))
+
+    def test_loader(self, index: int) -> DataLoader:
+        return DataLoader(self.data, self.batch_size)
+
+    train_loader_for_features = test_loader
+
+
+def steps(size: str, batch: int, rounds: int, device: str) -> dict[str, float]:
+    """Seconds per step of each method, interleaved, on the processor's clock where there is no other device."""
+    runs: dict[str, Callable[[], None]] = {}
+    for method in TIMED:
+        for cached in (False, True) if method in CACHED else (False,):
+            model, _ = build(size, method, device)
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+            stream = _Stream(2 * batch, batch)
+            loader = stream.train_dataloader()
+            if cached:
+                source = CacheFeatures(progress=False).open(model, stream)  # type: ignore[arg-type]
+                loader = source.train_dataloader()
+                model.train()
+
+            def run(model=model, optimizer=optimizer, loader=loader) -> None:
+                x, y = next(iter(loader))
+                optimizer.zero_grad(set_to_none=True)
+                cross_entropy(model(x.to(device)), y.to(device)).backward()
+                optimizer.step()
+
+            runs[method + (", cached" if cached else "")] = run
+    best = dict.fromkeys(runs, float("inf"))
+    for round_ in range(rounds + 1):
+        for name, run in runs.items():
+            clock = time.process_time if device == "cpu" else time.perf_counter
+            if device != "cpu":
+                torch.cuda.synchronize()
+            started = clock()
+            run()
+            if device != "cpu":
+                torch.cuda.synchronize()
+            if round_:  # the first one warms up
+                best[name] = min(best[name], clock() - started)
+    return best
+
+
+def reading(n: int = 192, batch: int = 16, dim: int = 192) -> dict[str, float]:
+    """GB/s of an epoch over the taps of ViT-Ti, beside plain copies of as many bytes, interleaved."""
+    taps = {f"tap.{i}": torch.randn(n, 197, dim) for i in range(13)}
+    labels, key = torch.zeros(n, dtype=torch.int64), CacheKey("read")
+    memory = FeatureCache(byte_budget=4 << 30, progress=False).fill(key, [(taps, labels)], n)
+    mapped_cache = FeatureCache(byte_budget=0, progress=False)
+    mapped = mapped_cache.fill(key, [(taps, labels)], n)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    source = torch.cat([tap.flatten(1) for tap in taps.values()], 1)
+    target = torch.empty(batch, source.shape[1])
+
+    def copy() -> None:
+        for i in range(0, n, batch):
+            target.copy_(source[i : i + batch])
+
+    def clone() -> None:
+        for i in range(0, n, batch):
+            source[i : i + batch].clone()
+
+    def read(entry: CacheEntry, rows: Tensor) -> None:
+        for i in range(0, n, batch):
+            for tensor in entry.read(rows[i : i + batch]).values():
+                tensor[0, 0, 0]
+
+    runs = {
+        "copy into held memory": copy,
+        "copy into new memory": clone,
+        "taps in memory, shuffled": lambda: read(memory, order),
+        "taps in a mapped file, shuffled": lambda: read(mapped, order),
+    }
+    best = dict.fromkeys(runs, float("inf"))
+    for _ in range(10):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            best[name] = min(best[name], time.perf_counter() - started)
+    mapped_cache.close()
+    return {name: memory.nbytes / seconds / 1e9 for name, seconds in best.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--timed", nargs="*", default=["Ti", "S"], choices=list(MODELS))
+    parser.add_argument("--batch", type=int, default=0, help="images per step; 2 (B: 1) for bytes, 8, 4, 1 for times")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--no-bytes", action="store_true")
+    parser.add_argument("--json", help="write the numbers into this file")
+    options = parser.parse_args()
+    numbers: dict[str, dict[str, dict[str, float]]] = {"bytes": {}, "seconds": {}, "peak": {}, "reading": {}}
+    for size in [] if options.no_bytes else options.sizes:
+        batch = options.batch or (1 if size == "B" else 2)
+        g = torch.Generator().manual_seed(0)
+        x = torch.randn(batch, 3, 224, 224, generator=g).to(options.device)
+        y = torch.randint(0, 100, (batch,), generator=g).to(options.device)
+        row, peak = {}, {}
+        for method in METHODS:
+            model, _ = build(size, method, options.device)
+            row[method] = saved_bytes(model, x, y) / batch
+            if options.device != "cpu":
+                torch.cuda.reset_peak_memory_stats()
+                cross_entropy(model(x), y).backward()
+                peak[method] = torch.cuda.max_memory_allocated()
+        numbers["bytes"][size], numbers["peak"][size] = row, peak
+        print(f"\nViT-{size}, MiB per image saved for backward (ratio to full fine-tuning)")
+        for method, value in row.items():
+            extra = f"   peak {peak[method] / 2**20:8.0f} MiB" if peak else ""
+            print(f"  {method:26s} {value / 2**20:8.2f}  {value / row['full fine-tuning']:.3f}{extra}", flush=True)
+    for size in options.timed:
+        batch = options.batch or {"Ti": 8, "S": 4, "B": 1}[size]
+        row = steps(size, batch, options.rounds, options.device)
+        numbers["seconds"][size] = row
+        print(f"\nViT-{size}, batch {batch}, seconds per step (ratio to full fine-tuning)")
+        for method, value in row.items():
+            print(f"  {method:26s} {value:8.3f}  {value / row['full fine-tuning']:.3f}", flush=True)
+        for method in CACHED:
+            cached = row[f"{method}, cached"]
+            print(f"  cache: {method} {row[method] / cached:.1f}x faster, full / cached {row['full fine-tuning'] / cached:.1f}")
+    numbers["reading"]["Ti"] = reading()
+    print("\nReading taps of ViT-Ti, GB/s (the mapped file is in the page cache)")
+    for what, rate in numbers["reading"]["Ti"].items():
+        print(f"  {what:32s} {rate:6.2f}")
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump(numbers, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

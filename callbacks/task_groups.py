@@ -1,0 +1,227 @@
+"""Tasks with similar instructions share weights: each group of tasks has its own copy of what trains.
+
+Paper: "Large Continual Instruction Assistant", Jingyang Qiao, Zhizhong Zhang, Xin Tan, Yanyun Qu, Shouhong Ding, Yuan
+Xie, ICML 2025, arXiv 2410.10868, section 4.5. Implemented: reuse or expand at a task's start, and the choice of a
+group per sample at test time. With :class:`~cl_plugins.callbacks.BalancedEMA` it is the paper's whole method; each
+works without the other.
+
+    task like group j:  train from the group's weights, average them        `BalancedEMA(active=groups.reused)`
+    task like none:     train a new group from the last weights (`start`), without an average
+    test sample:        weights of the group whose instructions resemble its own
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from cl_plugins.instruction_groups import InstructionGroups, Match, task_texts
+from cl_plugins.module_average import ParameterFilter
+from cl_plugins.plugin import ContinualCallback
+from cl_plugins.task import Stream, Task
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+Weights = dict[str, Tensor]
+
+
+class TaskGroups(ContinualCallback):
+    """Gives every group of similar tasks its own weights.
+
+    WHEN: before a task its texts choose a group, whose weights are loaded; after it they are stored. :meth:`routed`
+    answers each test sample with its own group's weights.
+
+    Args:
+        groups: the codebook; TF-IDF with the loose threshold when None.
+        texts: texts of a task; by default the stream's ``instructions(index)``, else description or class names.
+        start: weights of a new group: ``"last"``, as the task before left them, or ``"fresh"``, as before the first
+            task.
+        include: regular expression; only parameters whose name it finds belong to a group.
+        exclude: regular expression; parameters whose name it finds are shared by all groups.
+        plugins: only what these plugins own, by their names under ``module.plugins``.
+
+    Raises:
+        ValueError: for an unknown ``start``.
+
+    Example:
+        >>> net, groups = nn.Linear(1, 1, bias=False), TaskGroups()
+        >>> for index, text in enumerate(["Sort the letters", "Add both numbers"]):
+        ...     task = Task(index, (0, 1), description=text)
+        ...     groups.start_task(net, task)
+        ...     _ = nn.init.constant_(net.weight, index)
+        ...     groups.end_task(net, task)
+        >>> with groups.weights_of(net, 0):
+        ...     net.weight.item()
+        0.0
+    """
+
+    training: ClassVar[Literal["required", "none", "neutral"]] = "neutral"
+
+    def __init__(
+        self,
+        groups: InstructionGroups | None = None,
+        texts: Callable[[Task], Sequence[str]] | None = None,
+        start: Literal["last", "fresh"] = "last",
+        include: str | None = None,
+        exclude: str | None = None,
+        plugins: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        if start not in ("last", "fresh"):
+            raise ValueError(f"`start` must be 'last' or 'fresh', got {start!r}")
+        self.groups = InstructionGroups() if groups is None else groups
+        self.texts = texts
+        self.start = start
+        self.weights: list[Weights] = []
+        self._chosen = ParameterFilter(include, exclude, plugins)
+        self._fresh: Weights | None = None
+        self._match: Match | None = None
+        self._stream: Stream | None = None
+
+    def start_task(self, module: nn.Module, task: Task) -> None:
+        """Choose the task's group and load its weights."""
+        self._task = task
+        if self._fresh is None:
+            self._fresh = self._copy(module)
+        match = self.groups.match(self._texts_of(task))
+        if not match.expanded:
+            self._load(module, self.weights[match.group])
+        elif self.start == "fresh":
+            self._load(module, self._fresh)
+        self._match = match
+
+    def end_task(self, module: nn.Module, task: Task) -> None:
+        """Store the weights in the task's group.
+
+        Raises:
+            RuntimeError: without a preceding :meth:`start_task`.
+        """
+        if self._match is None:
+            raise RuntimeError(f"`end_task` must follow `start_task`, got the end of {task.name!r} alone")
+        group = self.groups.commit(self._match, task.name)
+        self.weights[group : group + 1] = [self._copy(module)]
+        self._match = None
+
+    def reused(self, task: Task) -> bool:
+        """Whether the present task trains a group that was there before; for ``BalancedEMA(active=...)``."""
+        return self._match is not None and not self._match.expanded
+
+    @contextmanager
+    def weights_of(self, module: nn.Module, group: int) -> Iterator[None]:
+        """The group's weights inside the block; the present ones return, whatever happens.
+
+        Raises:
+            IndexError: for a group that does not exist.
+        """
+        if not 0 <= group < len(self.weights):
+            raise IndexError(f"`group` must be one of {len(self.weights)} groups, got {group!r}")
+        parameters = dict(module.named_parameters())
+        saved = {n: parameters[n].detach().clone() for n in self.weights[group] if n in parameters}
+        self._load(module, self.weights[group])
+        try:
+            yield
+        finally:
+            self._load(module, saved)
+
+    def routed(
+        self,
+        predict: Callable[[nn.Module, Any], Tensor],
+        allocate: Callable[[Any], Sequence[int]] | None = None,
+    ) -> Callable[[nn.Module, Any], Tensor]:
+        """``predict`` with each sample's own group; pass it to ``fit_stream``.
+
+        Args:
+            predict: gives logits ``(batch, classes)`` of a batch, such as ``stream.predict``.
+            allocate: the group of each sample of a batch; by default from the texts in ``batch["instructions"]``.
+        """
+
+        def chosen(module: nn.Module, batch: Any) -> Tensor:
+            if not self.weights:
+                return predict(module, batch)  # an evaluation before any training
+            groups = list(self.groups.allocate_samples(batch["instructions"]) if allocate is None else allocate(batch))
+            logits: Tensor | None = None
+            for group in sorted(set(groups)):
+                rows = [i for i, g in enumerate(groups) if g == group]
+                with self.weights_of(module, group):
+                    part = predict(module, _rows(batch, rows, len(groups)))
+                if logits is None:
+                    logits = part.new_empty(len(groups), part.shape[1])
+                logits[rows] = part
+            assert logits is not None
+            return logits
+
+        return chosen
+
+    def report_events(self, module: nn.Module) -> list[dict[str, Any]]:
+        """One entry per task: its group, the similarity to each group, and the reason."""
+        return [
+            {"name": "TaskGroups/group", "task": i, "group": h["group"], "scores": h["scores"], "reason": h["reason"]}
+            for i, h in enumerate(self.groups.history)
+        ]
+
+    def _texts_of(self, task: Task) -> Sequence[str]:
+        if self.texts is not None:
+            return self.texts(task)
+        told = getattr(self._stream, "instructions", None)
+        texts: Sequence[str] = told(task.index) if callable(told) else task_texts(task)
+        return texts
+
+    def _copy(self, module: nn.Module) -> Weights:
+        return {n: p.detach().to("cpu", copy=True) for n, p in self._chosen.of(module).items()}
+
+    @torch.no_grad()
+    def _load(self, module: nn.Module, weights: Weights) -> None:
+        parameters = dict(module.named_parameters())
+        for name, value in weights.items():
+            if name not in parameters or parameters[name].shape != value.shape:
+                raise RuntimeError(
+                    f"`{name}` must keep its shape {tuple(value.shape)} once a group has it;"
+                    " leave what other plugins grow out with `exclude`"
+                )
+            parameters[name].copy_(value)
+
+    # Lightning's and the runner's hooks
+
+    def on_stream_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stream: Stream) -> None:
+        """Remember whose instructions to read."""
+        self._stream = stream
+
+    def state_dict(self) -> dict[str, Any]:
+        """Codebook, weights of the groups and the present decision."""
+        match = self._match
+        return {
+            "groups": self.groups.state_dict(),
+            "weights": [dict(w) for w in self.weights],
+            "fresh": self._fresh,
+            "match": None
+            if match is None
+            else {**vars(match), "scores": list(match.scores), "texts": list(match.texts)},
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self.groups.load_state_dict(state_dict["groups"])
+        self.weights = [dict(w) for w in state_dict["weights"]]
+        self._fresh = state_dict["fresh"]
+        saved = state_dict["match"]
+        if saved is not None:
+            saved = Match(**{**saved, "scores": tuple(saved["scores"]), "texts": tuple(saved["texts"])})
+        self._match = saved
+
+
+def _rows(batch: Any, rows: list[int], size: int) -> Any:
+    """The rows of a batch of tensors and lists, nested as it is."""
+    if isinstance(batch, Tensor):
+        return batch[rows]
+    if isinstance(batch, dict):
+        return {k: _rows(v, rows, size) for k, v in batch.items()}
+    if isinstance(batch, tuple | list):
+        if len(batch) == size and not any(isinstance(item, Tensor) for item in batch):
+            return [batch[i] for i in rows]
+        return type(batch)(_rows(item, rows, size) for item in batch)
+    return batch
