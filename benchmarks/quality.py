@@ -1,4 +1,4 @@
-"""Quality of the methods on the bundled streams by the recipes of ``cl-bench run``: mean and 95 % t interval over seeds.
+"""Quality of the methods on the bundled streams by the recipes of ``cl-bench``: mean and 95 % t interval over seeds.
 
 Seed r draws the initialization, the order of the samples and the order of the classes; every method sees the same ones.
 Finished runs are kept and not repeated.

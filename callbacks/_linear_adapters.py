@@ -85,7 +85,7 @@ class LinearAdapters(MaskedHead):
         return not any(
             isinstance(m, TextClassifier)
             or hasattr(m, "encode_text")
-            or (callable(getattr(m, "get_output_embeddings", None)) and m.get_output_embeddings() is not None)  # type: ignore[operator]
+            or (callable(getattr(m, "can_generate", None)) and m.can_generate())  # type: ignore[operator]
             for m in module.modules()
         )
 

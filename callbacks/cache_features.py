@@ -28,10 +28,11 @@ class CacheFeatures(ContinualCallback):
     """Computes a frozen backbone's feature, and the taps that side networks read, once per sample and view.
 
     Beside any method that freezes everything in front of the classifier: ``[LadderSideTuning(), CacheFeatures()]``,
-    ``[FrozenBackbone(), CacheFeatures()]``, ``[NearestMean(), CacheFeatures()]``. Epochs after the first, and evaluations
-    of earlier tasks, never run the backbone.
+    ``[FrozenBackbone(), CacheFeatures()]``, ``[NearestMean(), CacheFeatures()]``. Epochs after the first, and
+    evaluations of earlier tasks, never run the backbone.
 
-    WHEN: replaces the stream's loaders at the start of the stream by ones that give row ids, and fills a split when it is
+    WHEN: replaces the stream's loaders at the start of the stream by ones that give row ids, and fills a split when it
+        is
     first asked for; sets the loaders back at the end. The module must hand its input to the backbone as it is.
 
     Args:

@@ -116,8 +116,8 @@ class ForgettingDashboard(ContinualCallback):
         try:
             self._writer.write(kind, **fields)
         except OSError as error:
-            self._writer = None
             warnings.warn(f"the run is recorded no further, training goes on: {error}", stacklevel=2)
+            self._close()
 
     def _flush(self, always: bool = False) -> None:
         """Put what was written on the disk and render the report, unless that takes too much of the time."""

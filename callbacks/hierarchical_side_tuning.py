@@ -1,13 +1,14 @@
 """Hierarchical side-tuning: a pyramid beside a vision transformer, fed by its intermediate tokens.
 
-"Hierarchical Side-Tuning for Vision Transformers", Weifeng Lin, Ziheng Wu, Wentao Yang, Mingxin Huang, Jun Huang, Lianwen
-Jin, 2023, arXiv 2310.05393. Implemented: the method for classification with register tokens and trained norms, and a
-memory-lean variant of our own (:mod:`cl_plugins.adapters.hierarchical_side`). The regimes for a stream of tasks are this
-library's.
+"Hierarchical Side-Tuning for Vision Transformers", Weifeng Lin, Ziheng Wu, Wentao Yang, Mingxin Huang, Jun Huang,
+Lianwen Jin, 2023, arXiv 2310.05393. Implemented: the method for classification with register tokens and trained norms,
+and a memory-lean variant of our own (:mod:`cl_plugins.adapters.hierarchical_side`). The regimes for a stream of tasks
+are this library's.
 
 Formula::
 
-    side block i   x = x + attention(x, [norm(bridge(m_i)); mean(e_i)]) + e_i;  x = x + mlp(norm(x)),  e_i = resize(bridge(S_i))
+    e_i = resize(bridge(S_i))                      S_i: patch tokens of block i
+    x = x + attention(x, [norm(bridge(m_i)); mean(e_i)]) + e_i;  x = x + mlp(norm(x))
     m_i            registers of block i as published; the class token of a frozen backbone in the lean variant
 """
 
@@ -30,8 +31,8 @@ from ._side import SideCallback
 class LeanHierarchicalSideTuning(SideCallback):
     """Trains a pyramid beside a frozen backbone: hierarchical side-tuning without registers and without trained norms.
 
-    A variant of this library, not the published method: no gradient passes through the backbone, its taps can be cached and
-    each task can have a pyramid of its own; expect to lose what registers and norms gain.
+    A variant of this library, not the published method: no gradient passes through the backbone, its taps can be cached
+    and each task can have a pyramid of its own; expect to lose what registers and norms gain.
 
     WHEN: as :class:`~cl_plugins.callbacks._side.SideCallback`.
 

@@ -1,9 +1,9 @@
 """Ladder side-tuning: a narrow network beside a frozen transformer, fed by its intermediate tokens.
 
 "LST: Ladder Side-Tuning for Parameter and Memory Efficient Transfer Learning", Yi-Lin Sung, Jaemin Cho, Mohit Bansal,
-NeurIPS 2022, arXiv 2206.06522. Implemented: the ladder with learned gates, dropped layers and pruning initialization, for
-vision transformers (:mod:`cl_plugins.adapters.ladder`, :mod:`cl_plugins.adapters.side_pruning`). The regimes for a stream
-of tasks are this library's.
+NeurIPS 2022, arXiv 2206.06522. Implemented: the ladder with learned gates, dropped layers and pruning initialization,
+for vision transformers (:mod:`cl_plugins.adapters.ladder`, :mod:`cl_plugins.adapters.side_pruning`). The regimes for a
+stream of tasks are this library's.
 
 Formula, for taps ``h`` of the frozen backbone::
 

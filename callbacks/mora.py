@@ -144,12 +144,13 @@ class MoRA(LinearAdapters):
                 f"experts of task {task.index} cannot be added in the middle of task {self._open}: the optimizer would"
                 " not know them; end the training first, and call `end_task(module, task)` in a loop of your own"
             )
-        banks = self.banks(module)
-        generator = self.generator(task.index)
+        growing = [b for b in self.banks(module).values() if not b.tasks or b.tasks[-1][0] != task.index]
+        for bank in growing:
+            bank.check_growth()
         super().start_task(module, task)
-        for bank in banks.values():
-            if not bank.tasks or bank.tasks[-1][0] != task.index:
-                bank.grow(task.index, generator)
+        generator = self.generator(task.index)
+        for bank in growing:
+            bank.grow(task.index, generator)
         self.adapters(module).train()  # the threshold must not act in training, whatever mode the module came in
         self._open = task.index
         if "torch._dynamo" in sys.modules:

@@ -1,8 +1,9 @@
 """SHERL: shallow taps of a frozen backbone, merged with little redundancy and finished by its last blocks.
 
-"SHERL: Synthesizing High Accuracy and Efficient Memory for Resource-Limited Transfer Learning", Haiwen Diao, Bo Wan, Xu Jia,
-Yunzhi Zhuge, Ying Zhang, Huchuan Lu, Long Chen, ECCV 2024, arXiv 2407.07523. Implemented: the consolidation and the late
-route for vision transformers (:mod:`cl_plugins.adapters.sherl`). The regimes for a stream of tasks are this library's.
+"SHERL: Synthesizing High Accuracy and Efficient Memory for Resource-Limited Transfer Learning", Haiwen Diao, Bo Wan, Xu
+Jia, Yunzhi Zhuge, Ying Zhang, Huchuan Lu, Long Chen, ECCV 2024, arXiv 2407.07523. Implemented: the consolidation and
+the late route for vision transformers (:mod:`cl_plugins.adapters.sherl`). The regimes for a stream of tasks are this
+library's.
 
 Formula, for the frozen backbone's taps ``h`` and its last ``late`` blocks::
 
@@ -44,8 +45,8 @@ class Sherl(SideCallback):
         seed: of the initial weights.
 
     Raises:
-        ValueError: for an unknown option; at ``setup`` for a reduction that does not divide the backbone's width, or too
-            many late blocks.
+        ValueError: for an unknown option; at ``setup`` for a reduction that does not divide the backbone's width, or
+            too many late blocks.
 
     Example:
         >>> import torch

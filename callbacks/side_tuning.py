@@ -1,9 +1,9 @@
 """Side-Tuning: a small convolutional network beside the frozen backbone, blended into its feature.
 
-"Side-Tuning: A Baseline for Network Adaptation via Additive Side Networks", Jeffrey O. Zhang, Alexander Sax, Amir Zamir,
-Leonidas Guibas, Jitendra Malik, ECCV 2020, arXiv 1912.13503. Implemented: one side network per task on a frozen base, the
-learned blend, distillation before training, the dense variant (:mod:`cl_plugins.adapters.alpha_side`). The published
-evaluation knows the task; the routing between tasks is this library's.
+"Side-Tuning: A Baseline for Network Adaptation via Additive Side Networks", Jeffrey O. Zhang, Alexander Sax, Amir
+Zamir, Leonidas Guibas, Jitendra Malik, ECCV 2020, arXiv 1912.13503. Implemented: one side network per task on a frozen
+base, the learned blend, distillation before training, the dense variant (:mod:`cl_plugins.adapters.alpha_side`). The
+published evaluation knows the task; the routing between tasks is this library's.
 
 Formula::
 
@@ -33,13 +33,15 @@ from ._side import SideCallback
 class SideTuning(SideCallback):
     """Trains a small network per task beside the frozen backbone and blends it into the feature.
 
-    WHEN: as :class:`~cl_plugins.callbacks._side.SideCallback`; before a new side network trains it is distilled from the
+    WHEN: as :class:`~cl_plugins.callbacks._side.SideCallback`; before a new side network trains it is distilled from
+        the
     backbone on the task's data.
 
     Args:
         width: channels of the side network's first layer; they double up to four times it.
         merge: "alpha" as published, "sum", "product" or "mlp".
-        distill_epochs: passes over the task's data in which a new side network learns the backbone's feature; 0 for none.
+        distill_epochs: passes over the task's data in which a new side network learns the backbone's feature; 0 for
+            none.
         distill_lr: of the Adam that does so.
         regime: "per_task" as published; or "per_task_dense", "shared", "first_session".
         routing: who answers in the evaluation of the per-task regimes: "prototype", "logits" or "both".

@@ -44,7 +44,9 @@ class ForgettingTracker(ContinualCallback):
     def on_stream_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stream: Stream) -> None:
         """Start an empty matrix with a column per task."""
         self._result = StreamResult.for_stream(stream)
-        self.matrix = AccuracyMatrix(len(self._result.tasks))
+        self.matrix = AccuracyMatrix(
+            len(self._result.tasks), learned_at=self._result.learned_at, sync_on_compute=False
+        )  # every process holds the counts of all
 
     def on_row(self, trainer: pl.Trainer, pl_module: pl.LightningModule, row: Row) -> None:
         """Write the row and log the numbers that follow."""

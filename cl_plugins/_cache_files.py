@@ -147,11 +147,11 @@ class EntryFile:
         """Put rows behind the first ``start``."""
         for name, value in rows.items():
             segment = self.segments[name]
-            plain = value.reshape(-1).view(torch.uint8).numpy()
+            plain = value.reshape(-1).view(torch.uint8).numpy().data
             self.crc[name] = zlib.crc32(plain, self.crc[name])
             try:
                 self.file.seek(segment.offset + start * (segment.nbytes // segment.shape[0]))
-                self.file.write(memoryview(plain))
+                self.file.write(plain)
             except OSError as error:
                 raise self._explained(error) from error
 

@@ -145,6 +145,11 @@ def run_benchmark(
         scenario,
         **{"batch_size": recipe.batch_size, "order_seed": order_seed, "data_seed": seed, **recipe.data, **(data or {})},
     )
+    if isinstance(stream, scenarios.InstructionStream):
+        raise ValueError(
+            f"`scenario` must be a stream of images for cl-bench, got {scenario!r}, a stream of texts;"
+            " train a causal language model on it with fit_stream"
+        )
     if recipe.joint:
         stream = scenarios.Joint(stream)
     callbacks = build_callbacks(recipe)

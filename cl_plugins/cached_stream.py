@@ -1,8 +1,8 @@
 """Loaders that give rows of a feature cache in place of images, for any module whose backbone is frozen.
 
 A batch holds row ids, an int64 vector, where the images were. The module passes it on to its backbone, whose tap
-(:class:`cl_plugins.taps.BackboneTaps`) answers with the stored taps and feature. So side networks, closed-form heads, head
-tuning and evaluation all run on the cache, and the user's module stays as it is.
+(:class:`cl_plugins.taps.BackboneTaps`) answers with the stored taps and feature. So side networks, closed-form heads,
+head tuning and evaluation all run on the cache, and the user's module stays as it is.
 
     row id = entry * 2^32 + row
 """
@@ -162,15 +162,15 @@ class CachedStream:
             options |= {"batch_size": images.batch_size, "sampler": images.sampler, "drop_last": images.drop_last}
         else:
             options |= {"batch_sampler": images.batch_sampler}
-        loader: Any = type(images)(rows, **options)
-        loader.images = images
+        loader = type(images)(rows, **options)
+        loader.images = images  # type: ignore[attr-defined]
         return loader
 
     def read(self, ids: Tensor) -> tuple[TapRecord, Tensor]:
         """Taps and features of row ids ``(batch,)``, on the ids' device."""
         device, ids = ids.device, ids.cpu()
         entries, rows = ids >> _SHIFT, ids & ((1 << _SHIFT) - 1)
-        present = entries.unique().tolist()
+        present: list[int] = sorted(set(entries.tolist()))
         if len(present) == 1:
             arrays = self._entries[present[0]].read(rows, device)
         else:
@@ -243,8 +243,8 @@ class CachedStream:
             handle.remove()
         if not frozen or any(seen):
             raise RuntimeError(
-                "features can only be cached when everything in front of the classifier is frozen, but prompts, norms or"
-                " other weights there still train; leave CacheFeatures out of the callbacks"
+                "features can only be cached when everything in front of the classifier is frozen, but prompts, norms"
+                " or other weights there still train; leave CacheFeatures out of the callbacks"
             )
         self._checked = True
 
@@ -252,7 +252,9 @@ class CachedStream:
         """Digest of what the feature depends on; computed again only after one of these tensors changed."""
         head = {id(p) for p in self.head.parameters()}
         named = dict(self.backbone.model.state_dict(keep_vars=True))
-        named |= {n: p for n, p in self.module.named_parameters() if not p.requires_grad and not n.startswith("plugins.")}
+        named |= {
+            n: p for n, p in self.module.named_parameters() if not p.requires_grad and not n.startswith("plugins.")
+        }
         for name, plugin in plugin_modules(self.module).items():
             if not isinstance(plugin, _BEHIND):
                 named |= {f"plugins.{name}.{k}": v for k, v in plugin.state_dict(keep_vars=True).items()}
@@ -295,7 +297,9 @@ def _in_order(images: DataLoader[Any], view: int, limit: int | None = None) -> D
     workers = 0 if limit is not None else images.num_workers
     collate = partial(_collated, images.dataset) if images.batch_size is None else images.collate_fn
     generator = torch.Generator().manual_seed(0)  # worker seeds would be drawn from the global one
-    return DataLoader(images.dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate, generator=generator)
+    return DataLoader(
+        images.dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate, generator=generator
+    )
 
 
 def _collated(dataset: Any, samples: Any) -> Any:

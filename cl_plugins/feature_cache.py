@@ -1,9 +1,9 @@
 """Features and taps of a frozen backbone, computed once per sample and augmentation seed and read ever after.
 
 An entry holds one split (and view) as arrays, one row a sample: in memory, or memory-mapped once a byte budget is
-spent. On disk it is a data file and a manifest. The data file is written under a temporary name, synced and renamed before
-the manifest, which names it with sizes and checksums, appears in one rename: a kill at any moment leaves the old entry or
-none.
+spent. On disk it is a data file and a manifest. The data file is written under a temporary name, synced and renamed
+before the manifest, which names it with sizes and checksums, appears in one rename: a kill at any moment leaves the old
+entry or none.
 
     <split>-v<view>.json                  key, layout, checksums; written last
     <split>-v<view>-<random>.bin          arrays one after the other, each (samples, ...), aligned to 4096 bytes
@@ -41,7 +41,7 @@ def tensor_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     for name, tensor in tensors:
         plain = tensor.detach().cpu().contiguous()
         digest.update(f"{name}:{plain.dtype}:{tuple(plain.shape)};".encode())
-        digest.update(memoryview(plain.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -107,8 +107,8 @@ class CacheEntry:
     def read(self, rows: Tensor, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """The arrays' ``rows`` ``(batch, ...)`` in the dtype in which they were computed.
 
-        Neighboring rows are a view of the array and cost nothing; others are gathered, one call an array, into the memory
-        of an earlier batch once nobody holds that any more.
+        Neighboring rows are a view of the array and cost nothing; others are gathered, one call an array, into the
+        memory of an earlier batch once nobody holds that any more.
 
         Args:
             rows: ``(batch,)`` int64.
@@ -327,7 +327,7 @@ class FeatureCache:
         arrays: dict[str, Tensor] = {}
         for s in segments:
             raw = np.memmap(data, np.uint8, "c", s.offset, (s.nbytes,)) if s.nbytes else np.zeros(0, np.uint8)
-            if self.verify and zlib.crc32(memoryview(raw)) != s.crc32:
+            if self.verify and zlib.crc32(raw.data) != s.crc32:
                 raise ValueError(
                     f"the cached features in {data} are damaged: {s.name!r} has another checksum; delete {path}"
                 )

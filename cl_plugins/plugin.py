@@ -33,8 +33,8 @@ class Row:
         correct: correct predictions per task; None for a task that was not evaluated.
         total: test samples per task; None likewise.
         correct_in_task: correct predictions when the choice is among the task's own classes (task known).
-        confusion: ``(tasks, tasks)`` counts, samples of a task (row) predicted as a class of a task (column); empty when
-            tasks share classes, so that a prediction names no task.
+        confusion: ``(tasks, tasks)`` counts, samples of a task (row) predicted as a class of a task (column); empty
+            when tasks share classes, so that a prediction names no task.
         seconds: duration of the evaluation.
     """
 

@@ -190,12 +190,13 @@ class RunWriter:
         """The file that this writer appends to."""
         return self.folder / f"events.{self.rank}.{self.segment}.jsonl"
 
-    def write(self, kind: str, **fields: Any) -> None:
+    def write(self, kind: str, /, **fields: Any) -> None:
         """Append one event.
 
         Args:
             kind: what it is: run, task, row, mid, conf, rep, cost, plug, alert, end, or a kind of your own.
-            **fields: plain values, arrays or tensors; NaN and infinities are written as null.
+            **fields: plain values, arrays or tensors; NaN and infinities are written as null, and ``schema``, ``kind``
+                and ``time`` are this event's own.
 
         Raises:
             RuntimeError: after :meth:`close`.
@@ -203,7 +204,8 @@ class RunWriter:
         """
         if self._file < 0:
             raise RuntimeError(f"run {self.run_id!r} is closed; open a new RunWriter to go on in a new file")
-        line = encode_event({"schema": SCHEMA, "kind": kind, "time": round(time.time(), 3), **fields})
+        envelope = {"schema": SCHEMA, "kind": kind, "time": round(time.time(), 3)}
+        line = encode_event({**envelope, **fields, **envelope})
         if self._torn:
             line = b"\n" + line
         self._torn = True  # until the whole line is out
@@ -219,12 +221,13 @@ class RunWriter:
 
     def close(self) -> None:
         """Sync and close; a repeated call changes nothing."""
-        if self._file >= 0:
+        descriptors = {self._file, self._lock_file} - {-1}
+        try:
             self.sync()
-            os.close(self._file)
-        if self._lock_file >= 0 and self._lock_file != self._file:
-            os.close(self._lock_file)
-        self._file = self._lock_file = -1
+        finally:
+            self._file = self._lock_file = -1
+            for descriptor in descriptors:
+                os.close(descriptor)
 
     def __enter__(self) -> RunWriter:
         return self

@@ -1,9 +1,10 @@
 """Which task does a sample belong to? Answered from the feature of a frozen backbone, by class means.
 
-With one side network per task and no task given in the evaluation, something must choose. The backbone never changes, so
-sums over its features, added task by task, give the same answer as if all data had been there at once.
+With one side network per task and no task given in the evaluation, something must choose. The backbone never changes,
+so sums over its features, added task by task, give the same answer as if all data had been there at once.
 
-Formula, for class means ``mu_c`` and the within-class covariance ``S`` of all classes so far, shrunk to its diagonal mean::
+Formula, for class means ``mu_c`` and the within-class covariance ``S`` of all classes so far, shrunk to its diagonal
+mean::
 
     score(c) = -1/2 (x - mu_c)' S^-1 (x - mu_c)      "mahalanobis";      cos(x, mu_c) / 0.05      "cosine"
     p(t | x) = sum over the classes of t of softmax(score)

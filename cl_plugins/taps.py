@@ -54,7 +54,9 @@ class SideNetwork(nn.Module):
 
     def forward(self, record: TapRecord, base: Tensor) -> Tensor:
         """The feature ``(batch, features)`` for a record and the backbone's own feature ``base``."""
-        raise RuntimeError(f"`{type(self).__name__}` has no forward; use LadderSide, HierarchicalSide, SherlSide, AlphaSide")
+        raise RuntimeError(
+            f"`{type(self).__name__}` has no forward; use LadderSide, HierarchicalSide, SherlSide, AlphaSide"
+        )
 
     def undecayed(self) -> list[nn.Parameter]:
         """Gates and mixing weights, which weight decay must leave alone."""
@@ -242,7 +244,9 @@ class BackboneTaps(nn.Module):
         if self.backbone.kind == "timm":
             layout = token_layout(self.backbone)
             return like.new_zeros(1, 1, 1).expand(batch, layout.prefix + 1, self.backbone.embed_dim)
-        return like.new_zeros(1, 1).expand(batch, self.backbone.embed_dim if model.proj is None else model.proj.shape[1])
+        return like.new_zeros(1, 1).expand(
+            batch, self.backbone.embed_dim if model.proj is None else model.proj.shape[1]
+        )
 
     def base_feature(self, given: Tensor) -> Tensor:
         """What the frozen backbone put in front of the classifier: ``given``, or the stored feature in a replay."""

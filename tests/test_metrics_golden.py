@@ -29,18 +29,6 @@ def _contents():
     return [(path, json.loads(path.read_text())) for path in golden_files("metrics", "*.json")]
 
 
-def _matrix_cases():
-    for path, content in _contents():
-        for case in content.get("matrix_cases", []):
-            yield pytest.param(case, id=f"{path.stem}-{case['id']}")
-
-
-def _other_cases():
-    for path, content in _contents():
-        for name, case in content.get("other_cases", {}).items():
-            yield pytest.param(case, id=f"{path.stem}-{name}")
-
-
 def _table(values):
     """Nested lists with None for NaN as a float64 tensor."""
 
@@ -48,6 +36,22 @@ def _table(values):
         return [fill(e) for e in entry] if isinstance(entry, list) else (math.nan if entry is None else entry)
 
     return None if values is None else torch.tensor(fill(values), dtype=torch.float64)
+
+
+def _counts(case):
+    """The case as integer counts ``(rows, tasks)``; None when its accuracies are no counts."""
+    matrix, tests = _table(case["input"]["R"]), _table(case["input"].get("n_test"))
+    counts = None if tests is None else (matrix * tests).nan_to_num(0.0)
+    return counts.round().long() if counts is not None and torch.allclose(counts, counts.round(), atol=1e-9) else None
+
+
+def _cases(kind, keep=lambda case: True):
+    found = []
+    for path, content in _contents():
+        cases = content.get(kind, {})
+        named = cases.items() if isinstance(cases, dict) else ((case["id"], case) for case in cases)
+        found += [pytest.param(case, id=f"{path.stem}-{name}") for name, case in named if keep(case)]
+    return found
 
 
 def _inputs(case):
@@ -118,7 +122,7 @@ def _check(name, value, expected):
         assert value == pytest.approx(expected, abs=TOLERANCE, rel=0), name
 
 
-@pytest.mark.parametrize("case", _matrix_cases())
+@pytest.mark.parametrize("case", _cases("matrix_cases"))
 @pytest.mark.parametrize(("field", "nan_policy"), [("expected", "propagate"), ("expected_nan_omit", "omit")])
 def test_golden_definitions(case, field, nan_policy):
     values = _ours(case, nan_policy)
@@ -126,14 +130,11 @@ def test_golden_definitions(case, field, nan_policy):
         _check(name, values[name], expected)
 
 
-@pytest.mark.parametrize("case", _matrix_cases())
+@pytest.mark.parametrize("case", _cases("matrix_cases", lambda case: _counts(case) is not None))
 def test_golden_classes_from_counts(case):
-    """The classes give the same from integer counts, where the case is one of counts."""
+    """The classes give the same from integer counts."""
     matrix, learned_at, given = _inputs(case)
-    tests = given["n_test"]
-    counts = (matrix * tests).nan_to_num(0.0) if tests is not None else None
-    if counts is None or not torch.allclose(counts, counts.round(), atol=1e-9):
-        pytest.skip("the case does not come from counts")
+    tests, counts = given["n_test"], _counts(case)
     width = matrix.shape[1]
     options = {"learned_at": learned_at}
     members = {
@@ -167,14 +168,14 @@ def test_golden_classes_from_counts(case):
         "harmonic_accuracy": M.HarmonicAccuracy(width, **options),
     }
     for name, metric in members.items():
-        for row, (right, accuracy) in enumerate(zip(counts.round().long(), matrix, strict=True)):
+        for row, (right, accuracy) in enumerate(zip(counts, matrix, strict=True)):
             metric.update(row, range(width), right, torch.where(accuracy.isnan(), -1, tests.long()))
         value = metric.compute()
         _check(name, value, case["expected"][name])
         assert (metric.undefined is not None) == bool(value.isnan()), name
 
 
-@pytest.mark.parametrize("case", _matrix_cases())
+@pytest.mark.parametrize("case", _cases("matrix_cases"))
 def test_golden_other_libraries(case):
     matrix, learned_at, given = _inputs(case)
     inputs = {name: given[name] for name in ("initial", "n_test", "independent", "random")}
@@ -324,7 +325,7 @@ KINDS = [  # a key that only inputs of the kind have, and what computes them
 ]
 
 
-@pytest.mark.parametrize("case", _other_cases())
+@pytest.mark.parametrize("case", _cases("other_cases"))
 def test_golden_other_measures(case):
     compute = next(function for key, function in KINDS if key in case["input"])
     values = compute(case["input"])

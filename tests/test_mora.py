@@ -178,6 +178,14 @@ def test_new_keys_orthogonal_to_old_ones():
     assert bank.experts == 12
 
 
+def test_growth_that_one_layer_cannot_do_changes_none():
+    module, method = _grown(4, rank=4, new_key_init="orthogonal_to_old", targets=["fc2", "fc1"])
+    before = _weights(module)
+    with pytest.raises(RuntimeError, match="in 16 dimensions"):
+        method.start_task(module, Task(4, (4,)))
+    assert _same(module, before)
+
+
 def test_number_of_experts_and_threshold_as_the_bank_grows():
     assert [_bank(t, top_k=2).top_k for t in (1, 2, 3)] == [2, 2, 2]
     assert [_bank(t, top_k=2, k_schedule="per_task").top_k for t in (1, 2, 3)] == [2, 4, 6]

@@ -121,7 +121,9 @@ def _prune_cases(golden):
         yield chain, fix(golden.under("in.w.")), importance, steps, fix(golden.under("out.w.")), "keep."
         return
     weights = golden.under("in.")
-    chain = [(name.removesuffix(".weight"),) for name in sorted(weights, key=lambda n: int("".join(filter(str.isdigit, n))))]
+    chain = [
+        (name.removesuffix(".weight"),) for name in sorted(weights, key=lambda n: int("".join(filter(str.isdigit, n))))
+    ]
     for version in ("v2", "v5"):
         expected = golden.under(f"out.{version}.")
         if expected:
@@ -142,11 +144,15 @@ def test_pruning_golden(path):
         known = golden.under(keep)
         if known:
             for i in range(len(known)):
-                assert kept[len(kept) - len(known) + i].tolist() == known[str(i)].sort().values.tolist(), f"kept rows {i}"
+                assert kept[len(kept) - len(known) + i].tolist() == known[str(i)].sort().values.tolist(), (
+                    f"kept rows {i}"
+                )
 
 
 _SHERL_NAMES = {
-    "gated": _renamer(("hor_block", "down"), ("guide_block.fc_attn", "score"), ("fc_out", "out"), ("gate_params", "alpha")),
+    "gated": _renamer(
+        ("hor_block", "down"), ("guide_block.fc_attn", "score"), ("fc_out", "out"), ("gate_params", "alpha")
+    ),
     "norm": _renamer(
         ("guide_block.fc_attn", "score"), ("fc_out.1", "out"), ("fc_out.2", "norm"), ("gate_params", "alpha")
     ),

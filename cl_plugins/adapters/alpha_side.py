@@ -1,9 +1,9 @@
 """Side-Tuning: a small network beside the frozen one, blended into its feature.
 
-"Side-Tuning: A Baseline for Network Adaptation via Additive Side Networks", Jeffrey O. Zhang, Alexander Sax, Amir Zamir,
-Leonidas Guibas, Jitendra Malik, ECCV 2020, arXiv 1912.13503. Implemented: the blend with a learned scalar, sum, product and
-MLP merges, initialization by distillation, the dense variant for task streams (in :mod:`cl_plugins.adapters.side_bank`).
-Not implemented: the FiLM merge, lateral connections.
+"Side-Tuning: A Baseline for Network Adaptation via Additive Side Networks", Jeffrey O. Zhang, Alexander Sax, Amir
+Zamir, Leonidas Guibas, Jitendra Malik, ECCV 2020, arXiv 1912.13503. Implemented: the blend with a learned scalar, sum,
+product and MLP merges, initialization by distillation, the dense variant for task streams (in
+:mod:`cl_plugins.adapters.side_bank`). Not implemented: the FiLM merge, lateral connections.
 
 Formula, for the backbone's feature ``B`` and the side network's ``S``::
 
@@ -13,6 +13,7 @@ Formula, for the backbone's feature ``B`` and the side network's ``S``::
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal, get_args
 
 import torch
@@ -44,7 +45,7 @@ class ConvSide(nn.Module):
         super().__init__()
         sizes = [channels, width, 2 * width, 4 * width, 4 * width]
         layers: list[nn.Module] = []
-        for n_in, n_out in zip(sizes[:-1], sizes[1:], strict=True):
+        for n_in, n_out in pairwise(sizes):
             layers += [nn.Conv2d(n_in, n_out, 3, stride=2, padding=1, bias=False), nn.GroupNorm(1, n_out), nn.ReLU()]
         self.layers = nn.Sequential(*layers)
         self.out = nn.Linear(sizes[-1], features)

@@ -1,8 +1,9 @@
 """Hierarchical side network: a pyramid of cross-attention stages fed by a vision transformer's intermediate tokens.
 
-"Hierarchical Side-Tuning for Vision Transformers", Weifeng Lin, Ziheng Wu, Wentao Yang, Mingxin Huang, Jun Huang, Lianwen
-Jin, 2023, arXiv 2310.05393. Implemented: register tokens, bridge, pyramid and its multi-scale output, as described; and a
-variant of our own without registers that reads a frozen backbone. Not implemented: the detection and segmentation heads.
+"Hierarchical Side-Tuning for Vision Transformers", Weifeng Lin, Ziheng Wu, Wentao Yang, Mingxin Huang, Jun Huang,
+Lianwen Jin, 2023, arXiv 2310.05393. Implemented: register tokens, bridge, pyramid and its multi-scale output, as
+described; and a variant of our own without registers that reads a frozen backbone. Not implemented: the detection and
+segmentation heads.
 
 Formula of side block i in stage s, for the output ``[m_i; patches]`` of backbone block i::
 
@@ -10,17 +11,18 @@ Formula of side block i in stage s, for the output ``[m_i; patches]`` of backbon
     x   = x + attention(q = norm(x), kv);   x = x + e;   x = x + mlp(norm(x))
     feature = batch_norm(mean over tokens of the last stage)
 
-The bridge acts per token and the weights of a bilinear resize sum to 1, so bridge and resize commute; the bridge goes first,
-which keeps the wide map from being resized.
+The bridge acts per token and the weights of a bilinear resize sum to 1, so bridge and resize commute; the bridge goes
+first, which keeps the wide map from being resized.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
-from timm.layers import DropPath
+from timm.layers.drop import DropPath
 from timm.models._features import FeatureInfo
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -126,8 +128,9 @@ class HierarchicalSide(SideNetwork):
     Args:
         dim: width of the backbone.
         depth: blocks of the backbone, one side block each.
-        registers: learned tokens per backbone block, as published 1. They make gradients flow through the whole backbone.
-            With 0, the memory-lean variant of our own, the pyramid reads the class token of a frozen backbone instead.
+        registers: learned tokens per backbone block, as published 1. They make gradients flow through the whole
+            backbone. With 0, the memory-lean variant of our own, the pyramid reads the class token of a frozen backbone
+            instead.
         widths: of the levels; the published ones for classification.
         heads: of the levels.
         depths: side blocks per level; evenly when None.
@@ -172,9 +175,11 @@ class HierarchicalSide(SideNetwork):
         self.layout = layout or TokenLayout(1, "token")
         self.depths, self.widths = depths, tuple(widths)
         self.tap_indices = tuple(range(1, depth + 1))
-        self.registers = nn.ParameterList(nn.Parameter(torch.empty(1, registers, dim)) for _ in range(depth) if registers)
+        self.registers = nn.ParameterList(
+            nn.Parameter(torch.empty(1, registers, dim)) for _ in range(depth) if registers
+        )
         self.embed = nn.ModuleList([Stem(channels, widths[0])])
-        self.embed.extend(Downsample(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.embed.extend(Downsample(a, b) for a, b in pairwise(widths))
         self.bridge = nn.ModuleList(nn.Linear(dim, w) for w in widths)
         rates = torch.linspace(0.0, drop_path, depth).tolist()
         stage_of = [s for s in range(4) for _ in range(depths[s])]
@@ -227,7 +232,7 @@ def _resize(tokens: Tensor, grid: tuple[int, int], to: tuple[int, int]) -> Tenso
     """Tokens of one grid as tokens of another, bilinear."""
     if grid == to:
         return tokens
-    maps = tokens.transpose(1, 2).unflatten(2, grid)
+    maps = tokens.transpose(1, 2).reshape(len(tokens), -1, *grid)
     return F.interpolate(maps, size=to, mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
 
 

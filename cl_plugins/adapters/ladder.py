@@ -103,10 +103,11 @@ class SideAttention(nn.Module):
     def first_token(self, x: Tensor) -> Tensor:
         """What the first token ``(batch, 1, dim)`` gets of ``x``, without the other tokens' queries."""
         dim = x.shape[2]
-        q_bias, kv_bias = (None, None) if self.qkv.bias is None else self.qkv.bias.split([dim, 2 * dim])
-        q_weight, kv_weight = self.qkv.weight.split([dim, 2 * dim])
-        q = F.linear(x[:, :1].clone(), q_weight, q_bias).unflatten(2, (self.heads, -1)).transpose(1, 2)
-        k, v = F.linear(x, kv_weight, kv_bias).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        weight, bias = self.qkv.weight, self.qkv.bias
+        own = F.linear(x[:, :1].clone(), weight[:dim], None if bias is None else bias[:dim])
+        all_ = F.linear(x, weight[dim:], None if bias is None else bias[dim:])
+        q = own.view(len(x), 1, self.heads, -1).transpose(1, 2)
+        k, v = all_.view(*x.shape[:2], 2, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         result: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return result
 
@@ -163,12 +164,14 @@ class SideBlock(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """``(batch, tokens, dim)`` to the same."""
         x = x + self.attn(self.norm1(x), mask)
-        return x + self.mlp(self.norm2(x))
+        result: Tensor = x + self.mlp(self.norm2(x))
+        return result
 
     def first_token(self, x: Tensor) -> Tensor:
         """The first token of :meth:`forward` ``(batch, 1, dim)``, at a fraction of its cost."""
         x = x[:, :1] + self.attn.first_token(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        result: Tensor = x + self.mlp(self.norm2(x))
+        return result
 
 
 class LadderSide(SideNetwork):
@@ -241,11 +244,11 @@ class LadderSide(SideNetwork):
         names = [str(i) for i in self.layers]
         self.first = nn.Linear(dim, width)
         self.down = nn.ModuleDict({n: nn.Linear(dim, width) for n in names})
-        options = {"bias": bias, "activation": activation, "eps": eps}
-        hidden = (4 * dim if hidden is None else hidden) // reduction
-        self.blocks = nn.ModuleDict({n: SideBlock(width, heads, hidden, **options) for n in names})  # type: ignore[arg-type]
-        learnable = gate == "learnable"
-        self.gates = nn.ParameterDict({n: nn.Parameter(torch.zeros(1)) for n in names} if learnable else {})
+        inner = (4 * dim if hidden is None else hidden) // reduction
+        self.blocks = nn.ModuleDict(
+            {n: SideBlock(width, heads, inner, bias=bias, activation=activation, eps=eps) for n in names}
+        )
+        self.gates = nn.ParameterDict({n: nn.Parameter(torch.zeros(1)) for n in names if gate == "learnable"})
         self.norm = nn.LayerNorm(width, eps=eps)
         self.up = nn.Linear(width, dim)
 
@@ -264,7 +267,9 @@ class LadderSide(SideNetwork):
         if self.gate == "none":
             return stream + step
         mu = ladder_gate(self.gates[name], self.temperature) if self.gate == "learnable" else self.scheduled
-        return step + mu * (stream - step)  # one difference is kept for backward, mu s + (1 - mu) d would keep two terms
+        return step + mu * (
+            stream - step
+        )  # one difference is kept for backward, mu s + (1 - mu) d would keep two terms
 
     def layer(self, index: int, stream: Tensor, tap: Tensor, mask: Tensor | None = None) -> Tensor:
         """One rung: ``stream`` ``(batch, tokens, width)`` on entry to a kept layer, ``tap`` the output of its block."""

@@ -198,6 +198,19 @@ class RankExperts(LinearDelta):
             return f"its rank is {rank}, here `rank` is {self.options.rank}"
         return None
 
+    def check_growth(self) -> None:
+        """Refuse a growth that :meth:`grow` could not finish.
+
+        Raises:
+            RuntimeError: when keys orthogonal to all older ones do not exist.
+        """
+        o, old = self.options, self.experts
+        if o.new_key_init == "orthogonal_to_old" and old and old + o.rank > self.in_features:
+            raise RuntimeError(
+                f"`new_key_init='orthogonal_to_old'` needs room for {old} old and {o.rank} new keys in"
+                f" {self.in_features} dimensions; use 'kaiming' or a smaller `rank`"
+            )
+
     def grow(self, task: int, generator: torch.Generator | None = None) -> None:
         """Freeze all experts and add ``rank`` new ones, whose values are zero.
 
@@ -208,8 +221,9 @@ class RankExperts(LinearDelta):
             generator: draws the keys on the CPU; a fixed seed when None.
 
         Raises:
-            RuntimeError: when keys orthogonal to all older ones do not exist.
+            RuntimeError: as :meth:`check_growth`.
         """
+        self.check_growth()
         o, like = self.options, self.new_keys
         generator = generator or torch.Generator().manual_seed(task)
         bound = 1 / math.sqrt(self.in_features)  # Kaiming uniform with a = sqrt(5)
@@ -322,11 +336,6 @@ class ExpertUsage:
 
 def _without_span(keys: Tensor, old: Tensor) -> Tensor:
     """``keys`` ``(groups, rank, dim)`` without their share in the span of ``old``, at the length they had."""
-    if old.shape[1] + keys.shape[1] > old.shape[2]:
-        raise RuntimeError(
-            f"`new_key_init='orthogonal_to_old'` needs room for {old.shape[1]} old and {keys.shape[1]} new keys in"
-            f" {old.shape[2]} dimensions; use 'kaiming' or a smaller `rank`"
-        )
     basis = torch.linalg.qr(old.double().transpose(1, 2)).Q  # (groups, dim, old)
     rest = keys.double()
     for _ in range(2):  # twice, for rounding

@@ -1,9 +1,9 @@
 """SHERL: merge shallow taps with little redundancy, then let the last frozen blocks finish the work.
 
-"SHERL: Synthesizing High Accuracy and Efficient Memory for Resource-Limited Transfer Learning", Haiwen Diao, Bo Wan, Xu Jia,
-Yunzhi Zhuge, Ying Zhang, Huchuan Lu, Long Chen, ECCV 2024, arXiv 2407.07523. Implemented: the consolidation of taps with its
-published variants, and the late route through the last blocks of a vision transformer. Not implemented: encoder-decoder and
-convolutional hosts.
+"SHERL: Synthesizing High Accuracy and Efficient Memory for Resource-Limited Transfer Learning", Haiwen Diao, Bo Wan, Xu
+Jia, Yunzhi Zhuge, Ying Zhang, Huchuan Lu, Long Chen, ECCV 2024, arXiv 2407.07523. Implemented: the consolidation of
+taps with its published variants, and the late route through the last blocks of a vision transformer. Not implemented:
+encoder-decoder and convolutional hosts.
 
 Formula per token, for projected taps ``z_1 ... z_{K-1}`` and the guide ``g = z_K`` (:class:`Consolidator`)::
 
@@ -74,7 +74,8 @@ class GatedDown(nn.Module):
     def forward(self, tap: Tensor) -> Tensor:
         """``(..., dim)`` to ``(..., width)``."""
         u = self.fc1(tap).relu()
-        return (self.fc2(u) + u) * self.fc3(u).sigmoid()
+        gated: Tensor = (self.fc2(u) + u) * self.fc3(u).sigmoid()
+        return gated
 
 
 class Consolidator(nn.Module):
@@ -84,11 +85,11 @@ class Consolidator(nn.Module):
         dim: width of the backbone.
         width: of the projected taps.
         n_taps: taps, the last one is the guide.
-        variant: "gated" is the default; "norm" (Linear and LayerNorm) and "mlp" (a further MLP on the merged taps) are the
-            published ones for BERT and MDETR.
+        variant: "gated" is the default; "norm" (Linear and LayerNorm) and "mlp" (a further MLP on the merged taps) are
+            the published ones for BERT and MDETR.
         temperature: of the output gate.
-        gate_init: "zero" as published, where the last blocks first see nothing but the random adapter, or "identity", which
-            starts at the frozen model.
+        gate_init: "zero" as published, where the last blocks first see nothing but the random adapter, or "identity",
+            which starts at the frozen model.
         score_bias: initial bias of the agreement with the guide; above 0 it is never dead for a whole token. The random
             one of PyTorch when None, as published.
 
@@ -112,7 +113,9 @@ class Consolidator(nn.Module):
             raise ValueError(f"`n_taps` must be 2 or more, a shallow tap and the guide, got {n_taps!r}")
         if variant not in get_args(Variant):
             known = get_args(Variant)
-            raise ValueError(f"`variant` must be one of {', '.join(known)}, got {variant!r}{did_you_mean(variant, known)}")
+            raise ValueError(
+                f"`variant` must be one of {', '.join(known)}, got {variant!r}{did_you_mean(variant, known)}"
+            )
         if gate_init not in ("zero", "identity"):
             raise ValueError(f"`gate_init` must be 'zero' or 'identity', got {gate_init!r}")
         self.variant, self.temperature = variant, temperature
@@ -142,7 +145,7 @@ class Consolidator(nn.Module):
                 last.bias.zero_()
 
     def forward(self, taps: Sequence[Tensor], last: Tensor | None = None) -> Tensor:
-        """Tokens ``(batch, tokens, dim)`` for taps of that shape; ``last`` is the stream that goes on, the last tap's."""
+        """Tokens ``(batch, tokens, dim)`` for taps of that shape; ``last``, the last tap when None, goes on."""
         guide = self.down[-1](taps[-1])
         shallow = torch.stack([down(tap) for down, tap in zip(self.down[:-1], taps[:-1], strict=True)])
         merged = consolidate(shallow, self.score(shallow * guide)[..., 0], self.eps)

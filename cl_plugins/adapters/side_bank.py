@@ -6,8 +6,8 @@
     per_task_dense  the newest also reads the backbone's feature f_b and the earlier ones, detached:
                     f_t = w_0 f_b + w_1 s_1 + ... + w_t s_t,   w = softmax(mix_t), mix_t = 0 at first
 
-In training the newest side network's feature enters the classifier. In the evaluation of the per-task regimes every task's
-rows of the classifier are applied to its own side network's feature, and ``routing`` puts them together:
+In training the newest side network's feature enters the classifier. In the evaluation of the per-task regimes every
+task's rows of the classifier are applied to its own side network's feature, and ``routing`` puts them together:
 
     prototype   the task with the largest p(t | f_b) answers alone (cl_plugins.side_routing)
     logits      all side networks answer; a task's logits are divided by its temperature
@@ -41,7 +41,8 @@ def check_choice(name: str, value: str, known: Sequence[str]) -> None:
 class SideBank(nn.Module):
     """Holds side networks and puts their feature in front of the classifier.
 
-    WHEN: a forward pre-hook on the classifier replaces its input; in per-task evaluation a forward hook replaces its logits.
+    WHEN: a forward pre-hook on the classifier replaces its input; in per-task evaluation a forward hook replaces its
+        logits.
     Loading a state dict restores the number of side networks.
 
     Args:
@@ -86,8 +87,8 @@ class SideBank(nn.Module):
         self._logits: Tensor | None = None
         head.register_forward_pre_hook(self._enter, prepend=True)
         head.register_forward_hook(self._leave, prepend=True)  # masks come after it
-        self.register_load_state_dict_pre_hook(_match_number)
-        self.register_load_state_dict_post_hook(_freeze_earlier)
+        self.register_load_state_dict_pre_hook(_match_number)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_freeze_earlier)  # type: ignore[no-untyped-call]
 
     @property
     def per_task(self) -> bool:
@@ -286,7 +287,7 @@ def _match_number(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any
     while len(module.sides) > len(numbers):
         del module.sides[-1]
         if len(module.mix):
-            del module.mix[-1]
+            module.mix = nn.ParameterList(list(module.mix)[:-1])
     with torch.random.fork_rng():  # what is drawn here is overwritten
         while len(module.sides) < len(numbers):
             module.add()

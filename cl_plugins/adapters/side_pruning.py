@@ -1,15 +1,15 @@
 """Starting values for a narrow side network: rows of the backbone's weights that matter most.
 
 "LST: Ladder Side-Tuning for Parameter and Memory Efficient Transfer Learning", Yi-Lin Sung, Jaemin Cho, Mohit Bansal,
-NeurIPS 2022, arXiv 2206.06522, its structural pruning. Implemented: each group of weights chooses its own rows
-(the variant that the paper's experiments use), in one step or several; importance by Fisher information or by weight
-magnitude. Not implemented: quotas for the strongest heads, one selection for the whole residual stream. Kept rows stay in
-ascending order.
+NeurIPS 2022, arXiv 2206.06522, its structural pruning. Implemented: each group of weights chooses its own rows (the
+variant that the paper's experiments use), in one step or several; importance by Fisher information or by weight
+magnitude. Not implemented: quotas for the strongest heads, one selection for the whole residual stream. Kept rows stay
+in ascending order.
 
 Formula along the chain of layers, for a group ``G`` of weights that share their rows (queries, keys, values)::
 
     W   <- W[:, K_prev]                                   columns follow the rows that the layer before kept
-    P    = product over G of I(W)                         I = W ("magnitude") or sum over samples of (dLoss/dW)^2 ("Fisher")
+    P    = product over G of I(W)                         I = W (magnitude) or sum over samples of (dLoss/dW)^2 (Fisher)
     K    = the n / reduction rows (at least one) with the largest sums of |P|;   W <- W[K],  bias <- bias[K]
 """
 
@@ -31,7 +31,9 @@ Chain = Sequence[tuple[str, ...]]
 
 def _select(importance: Sequence[Tensor], keep: float) -> Tensor:
     """Rows to keep of a group, ascending."""
-    scores = torch.stack([i.double().flatten(1) for i in importance]).prod(0).abs().sum(1)  # three squares underflow float32
+    scores = (
+        torch.stack([i.double().flatten(1) for i in importance]).prod(0).abs().sum(1)
+    )  # three squares underflow float32
     n = len(scores)
     n_kept = max(n - round((1.0 - keep) * n), 1)
     return scores.topk(n_kept).indices.sort().values
@@ -97,7 +99,9 @@ def prune_chain(
         raise ValueError(f"`steps` must be 1 or more, got {steps!r}")
     if weights[f"{chain[0][0]}.weight"].ndim == 1:
         raise ValueError(f"`chain` must begin with a matrix, got the norm {chain[0][0]!r}")
-    ratios = [1.0 / reduction] if steps == 1 else torch.linspace(1.0, 1.0 / reduction, steps, dtype=torch.float64).tolist()
+    ratios = (
+        [1.0 / reduction] if steps == 1 else torch.linspace(1.0, 1.0 / reduction, steps, dtype=torch.float64).tolist()
+    )
     pruned = {k: v.detach() for k, v in weights.items()}
     imp = {k: v.detach() for k, v in (weights if importance is None else importance).items()}
     kept: list[Tensor] = []
@@ -197,7 +201,7 @@ def initialize_ladder(
 def fisher_importance(
     parameters: Mapping[str, nn.Parameter], loss: Callable[[Any], Tensor], batches: Iterable[Any]
 ) -> dict[str, Tensor]:
-    """Sum over batches of the squared gradient of the loss; with batches of one sample the empirical Fisher information.
+    """Sum over batches of the squared gradient; with batches of one sample the empirical Fisher information.
 
     Args:
         parameters: by name; their ``requires_grad`` is restored.

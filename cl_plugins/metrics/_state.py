@@ -26,7 +26,21 @@ def _counts(name: str, values: Counts, device: torch.device) -> Tensor:
     return tensor.long()
 
 
-class MatrixState(Metric):
+class RestoredMetric(Metric):
+    """Loads tensor states as copies on its own device, and counts as updated then."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        names = [name for name in self._defaults if prefix + name in state_dict]
+        devices = {name: getattr(self, name).device for name in names}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        for name in names:
+            setattr(self, name, getattr(self, name).to(devices[name], copy=True))
+        if names:
+            self._update_count = max(1, self._update_count)  # else ``compute`` warns that nothing was updated
+            self._computed = None
+
+
+class MatrixState(RestoredMetric):
     """Counts per evaluation and task, and how they are written, synchronized and restored.
 
     The state is ``correct`` and ``total`` ``(rows + 1, tasks)`` int64, summed over processes, the initial row first.
@@ -241,13 +255,3 @@ class MatrixState(Metric):
             for name in ("correct", "total")
         }
         super()._reduce_states({**incoming_state, **padded})
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        restored = prefix + "total" in state_dict
-        device = self.correct.device
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if restored:
-            for name in ("correct", "total", "open_row"):
-                setattr(self, name, getattr(self, name).to(device, copy=True))
-            self._update_count = max(1, self._update_count)  # else ``compute`` warns that nothing was updated
-            self._computed = None

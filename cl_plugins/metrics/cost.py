@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from cl_plugins import functional
 
+from ._state import RestoredMetric
 
-class _SeriesMetric(Metric):
+
+class _SeriesMetric(RestoredMetric):
     """A number per task, in order; ``state_dict`` holds them, processes are expected to agree."""
 
     is_differentiable: bool | None = False

@@ -17,6 +17,8 @@ from cl_plugins.functional.representation import (
     spectrum_rank,
 )
 
+from ._state import RestoredMetric
+
 
 class _SumMetric(Metric):
     is_differentiable: bool | None = False
@@ -148,7 +150,7 @@ class RepresentationDrift(LinearCKA):
         return 1.0 - self._similarity()
 
 
-class CalibrationDrift(_SumMetric):
+class CalibrationDrift(_SumMetric, RestoredMetric):
     """Calibration error of each task now minus the one right after it was learned.
 
     WHEN: ``update`` per batch of an evaluation, with the row and column as for an accuracy matrix; ``reset`` drops

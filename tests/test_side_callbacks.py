@@ -1,0 +1,127 @@
+"""Side-tuning callbacks: open_clip towers, dense outputs, copies, checkpoints, resume."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from torch.nn import functional as F
+from torch.nn.functional import cross_entropy
+
+from cl_plugins import fit_stream
+from cl_plugins.adapters.hierarchical_side import HierarchicalFeatures
+from cl_plugins.backbones import vit_glyph
+from cl_plugins.callbacks import (
+    CacheFeatures,
+    HierarchicalSideTuning,
+    LadderSideTuning,
+    LeanHierarchicalSideTuning,
+)
+from cl_plugins.heads import HIDDEN_LOGIT
+from tests._helpers import PlainModule, quiet_trainer, tiny_stream, tiny_vit
+from tests._side import METHODS, PYRAMID, ClipModule, clip_tower, images, started, train
+
+# open_clip, dense outputs, copies and checkpoints
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_open_clip_towers(name, batch_first):
+    options = (
+        {"layers": "none"}
+        if name == "lst"
+        else {"widths": (4, 4, 4, 8), "heads": (1, 2, 2, 2)}
+        if name == "lean-hst"
+        else {}
+    )
+    method = METHODS[name](regime="shared") if name not in ("lst", "lean-hst") else (
+        LadderSideTuning(reduction=2, **options) if name == "lst" else LeanHierarchicalSideTuning(**options)
+    )  # fmt: skip
+    module = started(method, ClipModule(clip_tower(batch_first))).train()
+    logits = module(images())
+    assert (logits[:, 2:] == HIDDEN_LOGIT).all()
+    cross_entropy(logits, torch.tensor([0, 1, 0])).backward()
+    side = module.plugins["side"].active
+    assert all(p.grad is not None for p in side.parameters() if p.numel() > 1)
+    assert all(p.grad is None for p in module.tower.parameters())
+    if name == "lst":
+        bank = method.bank(module)
+        bank.bypass = True
+        module(images())
+        feature = side(bank.taps.take(), torch.zeros(0)) @ module.tower.proj
+        expected = F.linear(feature, module.classifier.weight, module.classifier.bias)
+        torch.testing.assert_close(expected[:, :2], logits[:, :2])
+
+
+def test_dense_features_follow_timm():
+    encoder = HierarchicalFeatures(vit_glyph(num_classes=0), widths=(16, 16, 32, 48), heads=(2, 2, 4, 4))
+    maps = encoder.train()(torch.zeros(2, 3, 64, 64, requires_grad=True)[:, :, :32, :32])
+    assert [m.shape[1] for m in maps] == encoder.feature_info.channels() == [16, 16, 32, 48]
+    assert [32 // m.shape[2] for m in maps] == encoder.feature_info.reduction()
+    sum(m.sum() for m in maps).backward()
+    assert all(p.grad is None for p in encoder.model.parameters())
+    assert encoder.side.embed[0].conv[0].weight.grad is not None
+    with pytest.raises(ValueError, match="`registers` must be 0"):
+        HierarchicalFeatures(vit_glyph(num_classes=0), registers=1)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_state_restores_the_number_of_side_networks(name):
+    module = PlainModule(tiny_vit(depth=4))
+    train(module, METHODS[name](regime="per_task_dense"))
+    fresh = started(METHODS[name](regime="per_task_dense"), PlainModule(tiny_vit(depth=4, seed=1)))
+    fresh.load_state_dict(module.state_dict(), strict=True)
+    with torch.no_grad():
+        assert torch.equal(fresh.eval()(images()), module.eval()(images()))
+    flags = [[p.requires_grad for p in m.plugins["side"].parameters()] for m in (fresh, module)]
+    assert flags[0] == flags[1]
+    fewer = started(METHODS[name](regime="per_task_dense"), PlainModule(tiny_vit(depth=4)))
+    module.load_state_dict(fewer.state_dict(), strict=True)
+    assert len(module.plugins["side"].sides) == len(module.plugins["side"].mix) == 1
+
+
+@pytest.mark.parametrize("name", ["lst", "sherl", "hst"])
+def test_base_names_stay_and_copies_work(name):
+    method = HierarchicalSideTuning(**PYRAMID) if name == "hst" else METHODS[name]()
+    module = tiny_vit(depth=4)
+    names = set(module.state_dict())
+    started(method, module)
+    assert {n for n in module.state_dict() if not n.startswith("plugins.")} == names
+    copied = copy.deepcopy(module).eval()
+    with torch.no_grad():
+        before = module.eval()(images())
+        for parameter in module.parameters():
+            parameter.zero_()
+        assert torch.equal(copied(images()), before)  # the copy has side networks, taps and backbone of its own
+    compiled = torch.compile(copied, backend="eager")
+    torch.testing.assert_close(compiled(images()), before)
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_resume_inside_a_task_equals_an_uninterrupted_run(tmp_path, cache):
+    def callbacks():
+        extra = [CacheFeatures(progress=False)] if cache else []
+        return [METHODS["lst"](regime="per_task"), *extra]
+
+    class Stop(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            if pl_module.plugins["side"].started == 2 and trainer.current_epoch == 0:
+                raise InterruptedError
+
+    straight = PlainModule(tiny_vit(depth=4))
+    fit_stream(quiet_trainer(callbacks=callbacks()), straight, tiny_stream())
+    save = ModelCheckpoint(tmp_path, save_last=True, every_n_epochs=1, save_on_train_epoch_end=True)
+    trainer = quiet_trainer(callbacks=[*callbacks(), save, Stop()], enable_checkpointing=True)
+    with pytest.raises(InterruptedError):
+        fit_stream(trainer, PlainModule(tiny_vit(depth=4)), tiny_stream())
+    resumed = PlainModule(tiny_vit(depth=4, seed=5))
+    trainer = quiet_trainer(
+        callbacks=[*callbacks(), ModelCheckpoint(tmp_path, save_last=True)], enable_checkpointing=True
+    )
+    fit_stream(trainer, resumed, tiny_stream(), ckpt_path="last")
+    assert len(resumed.plugins["side"].sides) == 3
+    for (name, a), (_, b) in zip(straight.state_dict().items(), resumed.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name

@@ -1,0 +1,245 @@
+"""Side networks over a stream of tasks: who trains, who is frozen, who answers."""
+
+from __future__ import annotations
+
+import copy
+from itertools import pairwise
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from cl_plugins import Task
+from cl_plugins.callbacks import (
+    HierarchicalSideTuning,
+    NearestMean,
+    SideTuning,
+)
+from cl_plugins.decay import exempt_from_decay
+from cl_plugins.heads import HIDDEN_LOGIT
+from tests._helpers import PlainModule, tiny_stream, tiny_vit
+from tests._side import METHODS, PYRAMID, images, started, train
+
+# regimes
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_per_task_logits_of_the_first_task_stay_bit_equal(name):
+    class Watch(pl.Callback):
+        logits: list[torch.Tensor]
+
+        def on_fit_end(self, trainer, pl_module):
+            bank = pl_module.plugins["side"]
+            bank.known_task = 0
+            with torch.no_grad():
+                self.logits.append(pl_module.eval()(images(5))[:, [0, 1]].clone())
+            bank.known_task = None
+
+    watch = Watch()
+    watch.logits = []
+    module = PlainModule(tiny_vit(depth=4), weight_decay=0.1)
+    result = train(module, METHODS[name](regime="per_task"), callbacks=[watch])
+    assert len(module.plugins["side"].sides) == 3
+    assert all(torch.equal(watch.logits[0], later) for later in watch.logits[1:])
+    assert result.forgetting >= 0
+
+
+def test_frozen_side_networks_keep_every_bit_and_gates_do_not_decay():
+    module = PlainModule(tiny_vit(depth=4), weight_decay=0.5)
+    method = METHODS["lst"](regime="per_task_dense")
+    states = []
+
+    class Keep(pl.Callback):
+        def on_fit_end(self, trainer, pl_module):
+            states.append(copy.deepcopy(pl_module.plugins["side"].state_dict()))
+
+    train(module, method, callbacks=[Keep()])
+    for before, after in pairwise(states):
+        names = [n for n in before if n.startswith(("sides.", "mix."))]
+        assert names
+        assert all(torch.equal(before[n], after[n]) for n in names)
+    bank = module.plugins["side"]
+    assert [len(m) for m in bank.mix] == [2, 3, 4]
+    assert not any(p.requires_grad for s in bank.sides[:2] for p in s.parameters())
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD])
+def test_exempt_parameters_move_as_without_decay(optimizer):
+    values = []
+    for decay, exempt in ((0.0, False), (0.3, True), (0.3, False)):
+        gate, weight = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+        steps = optimizer([gate, weight], lr=0.1, weight_decay=decay)
+        handles = exempt_from_decay([gate], steps) if exempt else []
+        for _ in range(3):
+            gate.grad, weight.grad = torch.ones(1), torch.ones(1)
+            steps.step()
+        for handle in handles:
+            handle.remove()
+        values.append((gate.item(), weight.item()))
+    assert values[0][0] == pytest.approx(values[1][0], abs=1e-6)
+    assert values[1][1] == pytest.approx(values[2][1])
+    assert abs(values[2][1] - values[0][1]) > 1e-3 or optimizer is torch.optim.Adam
+    assert exempt_from_decay([gate], torch.optim.SGD([gate], lr=1.0)) == []
+
+
+def test_first_session_trains_once():
+    module = PlainModule(tiny_vit(depth=4))
+    states = []
+
+    class Keep(pl.Callback):
+        def on_fit_end(self, trainer, pl_module):
+            states.append({n: p.detach().clone() for n, p in pl_module.plugins["side"].named_parameters()})
+
+    start = started(METHODS["lst"](regime="first_session"))
+    train(module, METHODS["lst"](regime="first_session"), callbacks=[Keep()])
+    assert all(torch.equal(states[0][n], states[2][n]) for n in states[0])
+    assert any(not torch.equal(states[0][n], p) for n, p in start.plugins["side"].named_parameters())
+
+
+def test_batch_statistics_follow_the_regime():
+    for regime, moves in (("shared", False), ("per_task", True)):
+        module = PlainModule(tiny_vit(depth=4))
+        means = []
+
+        class Keep(pl.Callback):
+            def __init__(self, means) -> None:
+                self.means = means
+
+            def on_fit_end(self, trainer, pl_module):
+                bank = pl_module.plugins["side"]
+                self.means.append([s.batch_norm.running_mean.clone() for s in bank.sides])
+
+        train(module, METHODS["lean-hst"](regime=regime), callbacks=[Keep(means)])
+        assert all(torch.equal(means[0][0], later[0]) for later in means[1:])  # those of the first task stay
+        assert len(means[2]) == (3 if moves else 1)
+        assert not torch.equal(means[0][0], torch.zeros(16))
+
+
+@pytest.mark.parametrize("routing", ["prototype", "logits", "both"])
+@pytest.mark.parametrize("regime", ["per_task", "per_task_dense"])
+def test_routing_against_a_written_out_version(routing, regime):
+    module = PlainModule(tiny_vit(depth=4))
+    train(module, METHODS["lst"](regime=regime, routing=routing, seed=3))
+    bank, head = module.plugins["side"], module.model.head
+    x = images(7)
+    with torch.no_grad():
+        got = module.eval()(x)
+        bank.bypass = True
+        record_base = []
+        handle = head.register_forward_pre_hook(lambda _, args: record_base.append(args[0]))
+        module(x)
+        record, base = bank.taps.take(), record_base[0]
+        handle.remove()
+        bank.bypass = False
+        features = bank.features(record, base, 2)
+        if regime == "per_task":
+            torch.testing.assert_close(features[1], bank.side(1)(record, base))
+        else:
+            raw = [bank.side(i)(record, base) for i in range(3)]
+            w = bank.mix[2].softmax(0)
+            torch.testing.assert_close(features[2], w[0] * base + w[1] * raw[0] + w[2] * raw[1] + w[3] * raw[2])
+        rows = torch.cat(
+            [
+                F.linear(f, head.weight[[2 * t, 2 * t + 1]], head.bias[[2 * t, 2 * t + 1]])
+                for t, f in enumerate(features)
+            ],
+            1,
+        )
+        rows = rows / bank.temperature
+        p_task = bank.router.log_probabilities(base, bank.owner, 3).exp()
+        if routing == "logits":
+            torch.testing.assert_close(got, rows)
+        elif routing == "prototype":
+            chosen = p_task.argmax(1)
+            mask = torch.arange(6)[None] // 2 == chosen[:, None]
+            torch.testing.assert_close(got, rows.masked_fill(~mask, HIDDEN_LOGIT), rtol=1e-4, atol=1e-5)
+        else:
+            inside = rows.unflatten(1, (3, 2)).softmax(2) * p_task[:, :, None]
+            torch.testing.assert_close(got, (rows.softmax(1) + inside.flatten(1)).log(), rtol=1e-4, atol=1e-4)
+
+
+def test_routing_needs_a_fitted_router():
+    module = started(METHODS["lst"](regime="per_task"), tasks=2).eval()
+    with pytest.raises(RuntimeError, match="the router must be fitted"):
+        module(images())
+    with pytest.raises(ValueError, match="classes of their own, got classes \\[0\\] twice"):
+        METHODS["lst"](regime="per_task").start_task(module, Task(2, (0, 4)))
+
+
+def test_warm_start_continues_from_the_side_network_before():
+    warm, cold = (started(METHODS["lst"](regime="per_task", warm_start=w), tasks=1) for w in (True, False))
+    for module, w in ((warm, True), (cold, False)):
+        side = module.plugins["side"].active
+        with torch.no_grad():
+            side.up.weight.fill_(7.0)
+        METHODS["lst"](regime="per_task", warm_start=w).start_task(module, Task(1, (2, 3)))
+    assert (warm.plugins["side"].active.up.weight == 7.0).all()
+    assert not (cold.plugins["side"].active.up.weight == 7.0).any()
+
+
+def test_closed_form_classifier_on_the_feature_of_the_first_session():
+    module = PlainModule(tiny_vit(depth=4))
+    result = train(module, METHODS["lst"](regime="first_session"), callbacks=[NearestMean()])
+    assert result.average_accuracy > 0.5
+    assert (module.plugins["nearest_mean"].count > 0).all()
+
+
+def test_fisher_start_differs_from_magnitude_and_needs_the_stream():
+    weights = {}
+    for init in ("magnitude", "fisher", "random"):
+        method, module = METHODS["lst"](init=init, fisher_samples=8), PlainModule(tiny_vit(depth=4))
+        stream = tiny_stream()
+        started(method, module)
+        method.initialize(module, stream.train_loader_for_features(0))
+        weights[init] = module.plugins["side"].active.blocks["1"].mlp.fc1.weight.detach()
+        assert module.plugins["taps"].frozen
+        assert not module.plugins["side"].bypass
+    assert not torch.equal(weights["magnitude"], weights["fisher"])
+    assert not torch.equal(weights["magnitude"], weights["random"])
+
+
+def test_distillation_brings_the_side_network_to_the_backbone():
+    def distance(epochs):
+        method, module = SideTuning(width=8, distill_epochs=epochs, distill_lr=1e-2), PlainModule(tiny_vit(depth=4))
+        stream = tiny_stream()
+        started(method, module)
+        method.initialize(module, stream.train_loader_for_features(0))
+        bank = module.plugins["side"]
+        x = torch.cat([x for x, _ in stream.train_loader_for_features(0)])
+        with torch.no_grad():
+            bank.bypass = True
+            base = module.model.forward_head(module.model.forward_features(x), pre_logits=True)
+            return float(bank.active.distillation_loss(bank.taps.take(), base))
+
+    assert distance(20) < 0.5 * distance(0)
+
+
+def test_published_pyramid_trains_registers_and_norms():
+    module = PlainModule(tiny_vit(depth=4))
+    start = copy.deepcopy(module.model.state_dict())
+    method = HierarchicalSideTuning(**PYRAMID)
+    train(module, method)
+    end = module.model.state_dict()
+    moved = {n for n in start if not torch.equal(start[n], end[n])}
+    norms = {f"blocks.{i}.norm{k}.{p}" for i in range(4) for k in (1, 2) for p in ("weight", "bias")}
+    assert moved == norms | {"head.weight", "head.bias"}
+    fresh = started(HierarchicalSideTuning(**PYRAMID))
+    registers = zip(module.plugins["side"].active.registers, fresh.plugins["side"].active.registers, strict=True)
+    assert all(not torch.equal(a, b) for a, b in registers)
+    with pytest.raises(ValueError, match="`regime` must be one of shared, first_session"):
+        HierarchicalSideTuning(regime="per_task")
+
+
+def test_published_pyramid_freezes_after_the_first_session():
+    module = PlainModule(tiny_vit(depth=4))
+    norms = []
+
+    class Keep(pl.Callback):
+        def on_fit_end(self, trainer, pl_module):
+            norms.append(pl_module.model.blocks[0].norm1.weight.detach().clone())
+
+    train(module, HierarchicalSideTuning(**PYRAMID, regime="first_session"), callbacks=[Keep()])
+    assert torch.equal(norms[0], norms[2])
+    assert not torch.equal(norms[0], torch.ones(16))
