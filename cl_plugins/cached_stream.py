@@ -163,7 +163,7 @@ class CachedStream:
         else:
             options |= {"batch_sampler": images.batch_sampler}
         loader = type(images)(rows, **options)
-        loader.images = images  # type: ignore[attr-defined]
+        loader.images = images
         return loader
 
     def read(self, ids: Tensor) -> tuple[TapRecord, Tensor]:

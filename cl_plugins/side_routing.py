@@ -80,10 +80,11 @@ class TaskRouter(nn.Module):
         """``(batch, classes)``; minus infinity for classes without samples."""
         features = features.to(self.factor.dtype)
         means = (self.total / self.count.clamp_min(1)[:, None]).to(features.dtype)
-        if self.metric == "cosine":
-            scores = F.normalize(features, dim=1) @ F.normalize(means, dim=1).T / 0.05
-        else:
-            scores = -0.5 * torch.cdist(features @ self.factor.T, means @ self.factor.T).square()
+        with torch.autocast(features.device.type, enabled=False):  # squares of differences need every digit
+            if self.metric == "cosine":
+                scores = F.normalize(features, dim=1) @ F.normalize(means, dim=1).T / 0.05
+            else:
+                scores = -0.5 * torch.cdist(features @ self.factor.T, means @ self.factor.T).square()
         return scores.masked_fill(self.count == 0, -torch.inf)
 
     def log_probabilities(self, features: Tensor, owner: Tensor, n_tasks: int) -> Tensor:
