@@ -5,6 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from pytorch_lightning.strategies import SingleDeviceStrategy
 
 from cl_plugins import ContinualCallback, fit_stream
 from cl_plugins.callbacks.dashboard import ForgettingDashboard, parameter_counts
@@ -120,13 +121,11 @@ def test_a_resumed_run_goes_on_in_its_folder(tmp_path):
 
 
 def test_only_the_first_process_writes(tmp_path):
-    dashboard = ForgettingDashboard(tmp_path, "demo")
-    trainer = quiet_trainer()
-    type(trainer.strategy).global_rank = property(lambda self: 1)
-    try:
-        dashboard.on_stream_start(trainer, PlainModule(), tiny_stream())
-    finally:
-        del type(trainer.strategy).global_rank
+    class Second(SingleDeviceStrategy):
+        global_rank = 1
+
+    trainer = quiet_trainer(callbacks=[ForgettingDashboard(tmp_path, "demo")], strategy=Second("cpu"))
+    fit_stream(trainer, PlainModule(), tiny_stream())
     assert list(tmp_path.iterdir()) == []
 
 

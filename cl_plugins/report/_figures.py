@@ -97,9 +97,8 @@ def _mark(plot: Any, kind: str, **options: Any) -> None:
             fill_color=None, line_color=ACCENT, line_width=2.5,
         )  # fmt: skip
     elif kind == "line":
-        source = _source("x", "y")
-        plot.line("x", "y", source=source, name="mark", line_color=ACCENT, line_width=3)
-        plot.scatter("x", "y", source=source, name="mark_points", size=7, color=ACCENT)
+        plot.line("x", "y", source=_source("x", "y"), name="mark", line_color=ACCENT, line_width=3)
+        plot.scatter("x", "y", source=_source("x", "y"), name="mark_points", size=7, color=ACCENT)
     else:
         plot.scatter(
             "x", "y", source=_source("x", "y"), name="mark", size=13, fill_color=None, line_color=ACCENT,

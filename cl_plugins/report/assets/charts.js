@@ -162,7 +162,7 @@ const retention = {
     plot.below[0].axis_label = state.axis === "age" ? "tasks since learned" : "after task";
     const pad = Math.max(v.rows * 0.06, 0.25);
     const least = (many ? bands.low : lines.ys.flat()).reduce((a, b) => Math.min(a, b), 1);
-    range(plot, -pad / 2, Math.max(v.rows - 1, 1) + pad, least > 0.35 ? least - 0.06 : -0.03, 1.03);
+    range(plot, -pad / 2, Math.max(v.rows - 1, 1) + pad, least > 0.35 ? least - 0.06 : -0.03, 1.015);
     this.spread(labels, plot.y_range);
     fill(plot, "labels", labels);
     empty("retention", v.rows ? "" : "nothing was evaluated yet");
@@ -183,6 +183,7 @@ const retention = {
   mark(j) {
     const own = (j >= 0 && this.lines?.[j]) || { xs: [], ys: [] };
     fill(plots.retention, "mark", { x: own.xs, y: own.ys });
+    fill(plots.retention, "mark_points", own.xs.length <= MOST_LINES ? { x: own.xs, y: own.ys } : { x: [], y: [] });
   },
   hover(x, y) {
     const v = view(), at = Math.round(x);
@@ -237,7 +238,7 @@ const waterfall = {
       add(merged.length + 1, base, level, css("--level"), " ", fmt(v.measures.average_accuracy), { title: "average accuracy (last row)", value: fmt(v.measures.average_accuracy) });
       const end = merged.length + 1, pixels = (byId("plot-waterfall").clientWidth - 66) / (end + 1.2);
       const every = Math.ceil((merged.some((s) => s.first !== s.last) ? 52 : 26) / pixels), names = new Map([[0, "learned"], [end, "now"]]);
-      merged.forEach((s, k) => { if ((k + 1) % every === 0 && Math.min(k + 1, end - k - 1) * pixels > 38) names.set(k + 1, s.first === s.last ? String(s.first) : `${s.first}+`); });
+      merged.forEach((s, k) => { if ((k + 1) % every === 0 && Math.min(k + 1, end - k - 1) * pixels > 30) names.set(k + 1, s.first === s.last ? String(s.first) : `${s.first}+`); });
       plot.below[0].ticker.ticks = [...names.keys()];
       plot.below[0].major_label_overrides = names;
       plot.below[0].axis_label = "change of the mean over tasks while learning task";
