@@ -1,4 +1,4 @@
-"""``cl-bench``: run, list, report and compare from the shell, with flags or a configuration file."""
+"""``cl-bench``: benchmarks, reports and comparisons from the shell, with flags or a configuration file."""
 
 from __future__ import annotations
 
@@ -80,6 +80,13 @@ def _report(arguments: Any) -> int:
     return 0
 
 
+def _serve(arguments: Any) -> int:
+    from cl_plugins.report.server import serve
+
+    serve(Path(arguments.folder), arguments.port)
+    return 0
+
+
 def _compare(arguments: Any) -> int:
     from cl_plugins.compare import collect_results, methods_table
 
@@ -87,9 +94,24 @@ def _compare(arguments: Any) -> int:
     return 0
 
 
+def _check(arguments: Any) -> int:
+    from cl_plugins.check import check_report, read_matrix
+
+    values: dict[str, float] = {}
+    for text in arguments.value or []:
+        name, value = _pair(text)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise ValueError(f"`--value {name}` must be a number, got {value!r}")
+        values[name] = float(value)
+    if not values:
+        raise ValueError("`--value` must give at least one published number, such as forgetting=0.12")
+    print(check_report(read_matrix(arguments.file), values, arguments.tolerance))
+    return 0
+
+
 def build_parser() -> tuple[ArgumentParser, dict[str, Callable[[Any], int]]]:
     """The command line and what its sub-commands do."""
-    parser = ArgumentParser(prog="cl-bench", description="Continual-learning benchmarks: run, list, report, compare.")
+    parser = ArgumentParser(prog="cl-bench", description="Continual-learning benchmarks.")
     commands = parser.add_subcommands(dest="command")
 
     run = ArgumentParser(description="Train a method on a scenario; writes result.json and report.html.")
@@ -115,11 +137,29 @@ def build_parser() -> tuple[ArgumentParser, dict[str, Callable[[Any], int]]]:
     report.add_argument("--out", "-o", default="report.html", help="the HTML file")
     commands.add_subcommand("report", report, help="HTML page about runs")
 
+    live = ArgumentParser(description="The report on this machine at 127.0.0.1, up to date while training goes on.")
+    live.add_argument("folder", type=str, help="a run folder, or a folder of them")
+    live.add_argument("--port", type=int, default=8765, help="0 takes a free one")
+    commands.add_subcommand("serve", live, help="live HTML page about runs")
+
     compare = ArgumentParser(description="Mean and 95 % interval over seeds for each method and scenario.")
     compare.add_argument("folders", nargs="+", type=str, help="folders with result.json files, at any depth")
     compare.add_argument("--format", default="text", choices=["text", "markdown", "csv", "latex", "json"])
     commands.add_subcommand("compare", compare, help="table of methods over seeds")
-    return parser, {"run": _run, "list": _list, "report": _report, "compare": _compare}
+
+    check = ArgumentParser(description="Which definition a published number follows, given its accuracy matrix.")
+    check.add_argument("file", type=str, help="CSV file (rows: evaluations, columns: tasks) or result.json")
+    check.add_argument("--value", action="append", metavar="NAME=NUMBER", help="a published number; may be repeated")
+    check.add_argument("--tolerance", type=float, default=5e-4, help="half of the last digit printed")
+    commands.add_subcommand("check", check, help="which definition a published number follows")
+    return parser, {
+        "run": _run,
+        "list": _list,
+        "report": _report,
+        "serve": _serve,
+        "compare": _compare,
+        "check": _check,
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:

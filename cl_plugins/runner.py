@@ -11,6 +11,7 @@ A loop of your own needs no more than this (``fit_stream`` adds the refusals, th
 from __future__ import annotations
 
 import copy
+import signal
 import time
 import warnings
 from collections.abc import Iterator
@@ -176,6 +177,23 @@ def find_checkpoint(trainer: pl.Trainer, ckpt_path: str | Path) -> Path:
     return max(found, key=lambda p: p.stat().st_mtime_ns)
 
 
+def _fit(trainer: pl.Trainer, module: pl.LightningModule, stream: Stream, index: int, resume: Path | None) -> None:
+    """``trainer.fit`` on the current task; an interruption comes out as KeyboardInterrupt."""
+    on_interrupt = signal.getsignal(signal.SIGINT)
+    with warnings.catch_warnings():
+        for message in _EXPECTED_WARNINGS:
+            warnings.filterwarnings("ignore", message)
+        try:
+            # Lightning types the two packages' data modules apart
+            trainer.fit(module, datamodule=cast("Any", stream), ckpt_path=None if resume is None else str(resume))
+        except SystemExit:
+            if not trainer.interrupted:
+                raise
+            signal.signal(signal.SIGINT, on_interrupt)  # Lightning leaves the signal ignored
+    if trainer.interrupted:
+        raise KeyboardInterrupt(f"training was stopped in task {index}; finished tasks are recorded")
+
+
 def fit_stream(
     trainer: pl.Trainer,
     module: pl.LightningModule,
@@ -243,13 +261,7 @@ def fit_stream(
         start_task(trainer, module, stream, index, seed)
         result.trainable_parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
         if _needs_fit(plugins):
-            with warnings.catch_warnings():
-                for message in _EXPECTED_WARNINGS:
-                    warnings.filterwarnings("ignore", message)
-                # Lightning types the two packages' data modules apart
-                trainer.fit(module, datamodule=cast("Any", stream), ckpt_path=None if resume is None else str(resume))
-            if trainer.interrupted:
-                raise KeyboardInterrupt(f"training was stopped in task {index}; finished tasks are recorded")
+            _fit(trainer, module, stream, index, resume)
         elif resume is not None:
             state.load_weights(module, resume)
         resume = None

@@ -21,7 +21,7 @@ several ranks are added. Within a rank a later row for the same task replaces th
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -270,7 +270,8 @@ def read_run(path: str | Path) -> Run:
     return reader.finish()
 
 
-def _run_folders(root: Path) -> Iterable[Path]:
+def run_folders(root: Path) -> list[Path]:
+    """Folders below ``root`` that hold events, sorted, without those moved to ``previous-*``."""
     folders = {path.parent for path in root.rglob("events.*.jsonl") if event_files(path.parent)}
     return sorted(f for f in folders if not any(p.startswith("previous-") for p in f.relative_to(root).parts))
 
@@ -290,4 +291,4 @@ def read_runs(root: str | Path) -> list[Run]:
     folder = Path(root)
     if not folder.is_dir():
         raise FileNotFoundError(f"`root` must be a folder of runs, got {str(folder)!r}")
-    return [read_run(f) for f in _run_folders(folder)]
+    return [read_run(f) for f in run_folders(folder)]

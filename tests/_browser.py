@@ -27,7 +27,7 @@ _FLAGS = [
 class Page:
     """A tab; ``errors`` holds exceptions, console errors and blocked or attempted requests."""
 
-    def __init__(self, width=1400, height=2600, dark=False):
+    def __init__(self, width=1400, height=2600, dark=False, offline=True):
         self._folder = tempfile.mkdtemp()
         to_browser, self._write = os.pipe()
         self._read, from_browser = os.pipe()
@@ -56,7 +56,8 @@ class Page:
         self.resize(width, height)
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.call("Emulation.setEmulatedMedia", features=scheme)
-        self.call("Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=0, uploadThroughput=0)
+        speed = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+        self.call("Network.emulateNetworkConditions", offline=offline, **speed)
 
     def resize(self, width, height):
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
@@ -103,9 +104,9 @@ class Page:
             raise AssertionError(result["exceptionDetails"].get("exception", {}).get("description"))
         return result["result"].get("value")
 
-    def open(self, path):
+    def open(self, place):
         """Load a report and wait until its charts are drawn; returns the milliseconds that took."""
-        self.call("Page.navigate", url=Path(path).absolute().as_uri())
+        self.call("Page.navigate", url=place if isinstance(place, str) else Path(place).absolute().as_uri())
         return float(self.wait("document.documentElement?.dataset?.ready"))
 
     def wait(self, script, seconds=30):

@@ -199,3 +199,17 @@ def test_settings_are_checked():
         ValueError, match="`optimizer` must be one of adam, adamw, sgd, got 'adan'; did you mean 'adam'"
     ):
         Recipe("m", "d", optimizer="adan")
+
+
+def test_check_says_which_definition_a_number_follows(tmp_path, capsys):
+    (tmp_path / "m.csv").write_text(",task 0,task 1,task 2\nafter 0,90,,\nafter 1,70,80,\nafter 2,80,60,95\n")
+    assert main(["check", str(tmp_path / "m.csv"), "--value", "F=0.15", "--value", "x=0.999"]) == 0
+    printed = capsys.readouterr().out
+    assert "F = 0.1500 is\n    forgetting[peak,since=learned]\n" in printed
+    assert "avalanche: " in printed
+    assert "x = 0.9990: no known definition gives this; nearest is " in printed
+    (tmp_path / "bad.csv").write_text("0.9,0.1\n0.8,oops\n")
+    assert main(["check", str(tmp_path / "bad.csv"), "--value", "F=0.1"]) == 1
+    assert "must hold numbers, got 'oops' in row 2, column 2" in capsys.readouterr().err
+    assert main(["check", str(tmp_path / "m.csv")]) == 1
+    assert "`--value` must give at least one published number" in capsys.readouterr().err

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
@@ -125,3 +129,11 @@ def test_resume_inside_a_task_equals_an_uninterrupted_run(tmp_path, cache):
     assert len(resumed.plugins["side"].sides) == 3
     for (name, a), (_, b) in zip(straight.state_dict().items(), resumed.state_dict().items(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_dense_example_runs():
+    root = Path(__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(root / "examples" / "dense_features.py"), "--steps", "3"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert "intersection over union" in done.stdout, done.stderr[-2000:]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import os
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -16,27 +15,17 @@ from typing import Any
 
 from bokeh.resources import Resources
 
-from cl_plugins.runs import Run, read_run, read_runs
+from cl_plugins.runs import Run, read_runs
 
+from . import _fragments as fragments
 from ._figures import CHANGE, figures_json
-from ._numbers import (
-    HEADLINE,
-    MEASURES,
-    UNDEFINED,
-    Group,
-    cost_of,
-    group_runs,
-    measures_of,
-    number,
-    quantity,
-    summarize,
-    warnings_of,
-)
+from ._numbers import group_runs, measures_of
 from ._payload import payload
 from ._table import as_csv, as_latex, as_markdown, table_lines
-from ._text import embedded_json, name, text
+from ._text import embedded_json, text
 
 _SCRIPTS = ("core.js", "charts.js", "compare.js", "main.js")
+_LIVE = "live.js"
 _PANEL = (
     '<figure id="box-panel{0}"><figcaption></figcaption><div class="plot" id="plot-panel{0}" tabindex="0"></div>'
     '<div class="key"></div></figure>'
@@ -52,151 +41,16 @@ def _asset(file: str) -> str:
 def _bokeh() -> str:
     """Bokeh's core script; widgets, tables and typesetting are not needed."""
     scripts = Resources(mode="inline", components=["bokeh"], log_level="error").js_raw
-    return "\n".join(scripts).replace("</script", "<\\/script").replace("<!--", "<\\!--")
+    return "\n".join(scripts).replace("</script", "<\\/script").replace("<!--", "<\\!--").replace("\r\n", "\n")
 
 
+@lru_cache(maxsize=8)
 def _hash(script: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode('utf-8')).digest()).decode('ascii')}'"
 
 
-def run_labels(runs: Sequence[Run]) -> list[str]:
-    """A short name for each run, the seed where it tells the runs apart and the folder's name where it does not."""
-    labels = []
-    for run in runs:
-        seeds = [f"{k.replace('_', ' ')} {run.meta[k]}" for k in ("seed", "order_seed") if run.meta.get(k) is not None]
-        labels.append(", ".join(seeds) or run.id)
-    keys = [(r.meta.get("method"), r.meta.get("scenario"), label) for r, label in zip(runs, labels, strict=True)]
-    return [
-        f"{label} ({run.id})" if keys.count(key) > 1 and label != run.id else label
-        for run, label, key in zip(runs, labels, keys, strict=True)
-    ]
-
-
-def _tile(measure: str, shown: str, note: str) -> str:
-    entry = MEASURES[measure]
-    title, _, variant = entry.name.partition(" (")
-    variant = f"({variant}" if variant else ""
-    undefined = shown == UNDEFINED
-    reason = f'<p class="note">{text(entry.undefined)}</p>' if undefined else f'<p class="note">{text(note)}</p>'
-    return (
-        f'<div class="tile{" undefined" if undefined else ""}" title="{text(entry.definition)}">'
-        f'<h3>{text(title)} <span class="variant">{text(variant)}</span></h3>'
-        f'<p class="value" data-measure="{measure}">{text(shown)}</p>{reason}</div>'
-    )
-
-
-def _tiles(groups: Sequence[Group], values: Sequence[dict[str, float]], selections: Sequence[str]) -> str:
-    """The headline numbers of every selectable run and method; the script shows one set at a time."""
-    sets: list[str] = []
-    for selection in selections:
-        index = int(selection[1:])
-        tiles = []
-        for measure in HEADLINE:
-            better = f"{MEASURES[measure].better} is better"
-            if selection[0] == "r":
-                tiles.append(_tile(measure, number(values[index][measure]), better))
-                continue
-            summary = summarize(groups[index], measure, values)
-            if summary is None:
-                tiles.append(_tile(measure, UNDEFINED, ""))
-                continue
-            half = summary.half_width
-            spread = "no interval below 3 runs" if half is None else f"± {number(half)} (95 % t)"
-            tiles.append(_tile(measure, number(summary.mean), f"{spread}, n = {summary.n}"))
-        hidden = "" if not sets else " hidden"
-        sets.append(f'<div class="tiles" data-selection="{selection}"{hidden}>{"".join(tiles)}</div>')
-    return "".join(sets)
-
-
-def _table(lines: Sequence[Sequence[str]]) -> str:
-    head = "".join(f'<th scope="col"{" class=n" if i > 1 else ""}>{text(c)}</th>' for i, c in enumerate(lines[0]))
-    body = []
-    for line in lines[1:]:
-        cells = [f'<th scope="row">{name(line[0])}</th><td>{name(line[1])}</td>']
-        cells += [f'<td class="n{" undefined" if c == UNDEFINED else ""}">{text(c)}</td>' for c in line[2:]]
-        body.append(f"<tr>{''.join(cells)}</tr>")
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
-
-
-def _state(run: Run) -> str:
-    done = f"{run.correct.shape[0]} of {len(run.tasks)} tasks"
-    if run.ended == "finished":
-        return done
-    if run.ended is not None:
-        return f"{done}, {run.ended}: {run.error}" if run.error else f"{done}, {run.ended}"
-    return f"{done}, not ended (running or killed)"
-
-
-def _alerts(runs: Sequence[Run], groups: Sequence[Group], labels: Sequence[str]) -> str:
-    notes = [text(note) for note in warnings_of(runs, groups)]
-    for run, label in zip(runs, labels, strict=True):
-        who = f"{name(run.meta.get('method') or run.id)}, {name(label)}: " if len(runs) > 1 else ""
-        notes += [f"{who}{text(problem)}" for problem in run.problems]
-        if run.ended != "finished":
-            notes.append(f"{who}{text(_state(run))}.")
-    items = "".join(f"<li>{note}</li>" for note in notes[:40])
-    more = f"<li>and {len(notes) - 40} more</li>" if len(notes) > 40 else ""
-    return f'<ul class="notices" role="status">{items}{more}</ul>' if notes else ""
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    shown = json.dumps(value, ensure_ascii=True, default=str)
-    return shown if len(shown) <= 400 else shown[:400] + " ..."
-
-
-def _moment(seconds: float | None) -> str:
-    if seconds is None:
-        return "not recorded"
-    try:
-        return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
-    except (ValueError, OverflowError, OSError):
-        return "not recorded"
-
-
-def _provenance(runs: Sequence[Run], labels: Sequence[str]) -> str:
-    blocks = []
-    for run, label in zip(runs, labels, strict=True):
-        costs = cost_of(run)
-        known: Mapping[str, Any] = {
-            "run": run.id,
-            "state": _state(run),
-            "started": _moment(run.started),
-            "last event": _moment(run.updated),
-            "training seconds": quantity(costs["train_seconds"]),
-            "trainable parameters": quantity(costs["trainable"]),
-            **run.meta,
-        }
-        entries = "".join(f"<dt>{name(k)}</dt><dd><bdi>{text(_plain(v))}</bdi></dd>" for k, v in known.items())
-        heading = f"{name(run.meta.get('method') or run.id)}, {name(label)}"
-        opened = " open" if len(runs) == 1 else ""
-        blocks.append(f"<details{opened}><summary>{heading}</summary><dl>{entries}</dl></details>")
-    return "".join(blocks)
-
-
-def _definitions() -> str:
-    return "".join(
-        f"<dt>{text(m.name)}</dt><dd>{text(m.definition)}. {text(m.better.capitalize())} is better."
-        f" Undefined when {text(m.undefined)}.</dd>"
-        for m in MEASURES.values()
-    )
-
-
-def _title(runs: Sequence[Run], groups: Sequence[Group]) -> str:
-    scenarios = sorted({g.scenario for g in groups if g.scenario})
-    if len(groups) == 1:
-        return groups[0].label
-    where = f" on {scenarios[0]}" if len(scenarios) == 1 else ""
-    return f"{len({g.method for g in groups})} methods{where}, {len(runs)} runs"
-
-
-def render_report(runs: Sequence[Run], title: str | None = None) -> str:
-    """The report as HTML.
-
-    Args:
-        runs: at least one run.
-        title: heading of the page; follows from methods and scenario when None.
+def report_content(runs: Sequence[Run], title: str | None = None) -> dict[str, Any]:
+    """What follows from the runs: ``data`` for the page's script and ``html`` pieces by the id of their place.
 
     Raises:
         ValueError: without a run.
@@ -206,48 +60,68 @@ def render_report(runs: Sequence[Run], title: str | None = None) -> str:
         raise ValueError("`runs` must hold at least one run, got none; train with a ForgettingDashboard first")
     values = [measures_of(run) for run in runs]
     groups = group_runs(runs, values)
-    labels = run_labels(runs)
+    labels = fragments.run_labels(runs)
     selections = []
     for index, group in enumerate(groups):
         selections += [f"g{index}"] if len(group.members) > 1 else []
         selections += [f"r{i}" for i in group.members]
     data = payload(runs, groups, values, labels)
-    panels = max(len(run["panels"]) for run in data["runs"])
-    confusion = any(run["confusions"] for run in data["runs"])
     lines = table_lines(runs, groups, values)
     data["selections"] = selections
     data["change"] = CHANGE
     data["copies"] = {"CSV": as_csv(lines), "Markdown": as_markdown(lines), "LaTeX": as_latex(lines)}
-    scripts = [_bokeh(), "\n".join(_asset(file) for file in _SCRIPTS)]
+    heading = title or fragments.default_title(runs, groups)
+    return {
+        "data": data,
+        "title": heading,
+        "panels": max(len(run["panels"]) for run in data["runs"]),
+        "confusion": any(run["confusions"] for run in data["runs"]),
+        "html": {
+            "heading": f"<bdi>{text(heading)}</bdi>",
+            "tiles": fragments.tiles(groups, values, selections),
+            "notices": fragments.notices(runs, groups, labels),
+            "table": fragments.table(lines),
+            "provenance": fragments.provenance(runs, labels),
+            "written": f"{len(runs)} run{'s' * (len(runs) != 1)}, written {fragments.moment(time.time())}",
+        },
+    }
+
+
+def render_report(runs: Sequence[Run], title: str | None = None, *, live: bool = False) -> str:
+    """The report as HTML.
+
+    Args:
+        runs: at least one run.
+        title: heading of the page; follows from methods and scenario when None.
+        live: add the script that asks its own server for news; without it the page may connect to nothing.
+
+    Raises:
+        ValueError: without a run.
+    """
+    content = report_content(runs, title)
+    panels, confusion = content["panels"], content["confusion"]
+    files = (*_SCRIPTS, _LIVE) if live else _SCRIPTS
+    scripts = [_bokeh(), "\n".join(_asset(file) for file in files)]
+    connect = "'self'" if live else "'none'"
     policy = (
         f"default-src 'none'; script-src {' '.join(map(_hash, scripts))}; style-src 'unsafe-inline';"
-        " img-src data: blob:; connect-src 'none'; base-uri 'none'; form-action 'none'"
+        f" img-src data: blob:; connect-src {connect}; base-uri 'none'; form-action 'none'"
     )
-    heading = title or _title(runs, groups)
     parts = {
+        **content["html"],
         "policy": text(policy),
-        "title": text(heading),
-        "heading": f"<bdi>{text(heading)}</bdi>",
+        "title": text(content["title"]),
         "css": _asset("report.css"),
-        "tiles": _tiles(groups, values, selections),
-        "alerts": _alerts(runs, groups, labels),
-        "table": _table(lines),
-        "provenance": _provenance(runs, labels),
-        "definitions": _definitions(),
+        "definitions": fragments.definitions(),
         "panels": "".join(_PANEL.format(i) for i in range(panels)),
-        "written": _moment(time.time()),
-        "count": f"{len(runs)} run{'s' * (len(runs) != 1)}",
         "confusion": "" if confusion else " hidden",
         "has_panels": "" if panels else " hidden",
         "documents": figures_json(panels, confusion),
-        "data": embedded_json(data),
+        "data": embedded_json(content["data"]),
         "bokeh": scripts[0],
         "script": scripts[1],
     }
-    page = []
-    for k, piece in enumerate(_asset("report.html").split("@@")):
-        page.append(parts[piece] if k % 2 else piece)
-    return "".join(page)
+    return "".join(parts[piece] if k % 2 else piece for k, piece in enumerate(_asset("report.html").split("@@")))
 
 
 def write_report(runs: Sequence[Run] | Path | str, out: Path | str, title: str | None = None) -> Path:
@@ -264,6 +138,15 @@ def write_report(runs: Sequence[Run] | Path | str, out: Path | str, title: str |
     Raises:
         ValueError: without a run.
         FileNotFoundError: when ``runs`` is a folder that does not exist.
+
+    Example:
+        >>> import tempfile
+        >>> from cl_plugins.runs import RunWriter
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> with RunWriter(folder, "demo") as writer:
+        ...     writer.write("row", after=0, correct=[9], total=[10])
+        >>> write_report(folder, folder / "report.html").stat().st_size > 1_000_000
+        True
     """
     if isinstance(runs, (str, Path)):
         folder = Path(runs)
@@ -281,6 +164,3 @@ def write_report(runs: Sequence[Run] | Path | str, out: Path | str, title: str |
     finally:
         temporary.unlink(missing_ok=True)
     return target
-
-
-__all__ = ["read_run", "read_runs", "render_report", "write_report"]

@@ -116,8 +116,9 @@ function keys(event) {
   return matrix.tell(row, task);
 }
 
-function wire() {
+function choices() {
   const selection = byId("selection");
+  selection.replaceChildren();
   PAGE.groups.forEach((g, k) => {
     const options = PAGE.selections.filter((s) => s === `g${k}` || (s[0] === "r" && g.members.includes(Number(s.slice(1)))));
     const section = document.createElement("optgroup");
@@ -126,7 +127,10 @@ function wire() {
     selection.append(section);
   });
   selection.value = state.selection;
-  selection.addEventListener("change", () => { state.selection = selection.value; references(); draw(); });
+}
+
+function wire() {
+  byId("selection").addEventListener("change", (e) => { state.selection = e.target.value; references(); draw(); });
   byId("mode").addEventListener("change", (e) => { state.mode = e.target.value; references(); matrix.draw(); mark(); });
   byId("reference").addEventListener("change", (e) => { state.reference = e.target.value; matrix.draw(); });
   byId("axis").addEventListener("change", (e) => { state.axis = e.target.value; retention.draw(); mark(); });
@@ -175,6 +179,7 @@ async function start() {
   if (plots.confusion) Object.assign(charts, { confusion, recency });
   for (let k = 0; plots[`panel${k}`]; k++) charts[`panel${k}`] = panel(k);
   if (view().tasks > MOST_LINES) byId("axis").value = state.axis = "age";
+  choices();
   wire();
   theme();
   references();
@@ -183,4 +188,4 @@ async function start() {
   document.documentElement.dataset.ready = String(Math.round(performance.now()));
 }
 
-start().catch((error) => console.error(`the charts could not be drawn: ${error.stack}`));
+const ready = start().catch((error) => console.error(`the charts could not be drawn: ${error.stack}`));

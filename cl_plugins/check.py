@@ -1,0 +1,96 @@
+"""Which definition a published number follows: the published accuracy matrix against every definition known here."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cl_plugins.compat import match_definitions
+
+
+def _cell(text: str) -> float | None:
+    """The number in a cell; NaN for an empty one, None for text."""
+    word = text.strip().rstrip("%").strip()
+    if word.lower() in ("", "-", ".", "nan", "n/a"):
+        return math.nan
+    try:
+        return float(word)
+    except ValueError:
+        return None
+
+
+def read_matrix(path: str | Path) -> Tensor:
+    """An accuracy matrix from a CSV file or from a ``result.json``.
+
+    In a CSV file rows are evaluations and columns tasks; a first row or column of text is skipped, empty cells are cells
+    that were not measured, and numbers above 1 are taken for percent.
+
+    Args:
+        path: the file.
+
+    Returns:
+        ``(rows, tasks)`` float64 in [0, 1], NaN where not measured.
+
+    Raises:
+        ValueError: naming the line and column of a cell that is no number, or an empty or ragged table.
+    """
+    path = Path(path)
+    if path.suffix == ".json":
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or not isinstance(content.get("accuracy_matrix"), list):
+            raise ValueError(f"{str(path)!r} must hold an `accuracy_matrix`, found none")
+        rows = [[math.nan if c is None else float(c) for c in row] for row in content["accuracy_matrix"]]
+        return torch.tensor(rows, dtype=torch.float64)
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        lines = [line for line in csv.reader(file) if any(cell.strip() for cell in line)]
+    if lines and all(_cell(c) is None for c in lines[0] if c.strip()):
+        lines = lines[1:]  # names of the tasks
+    if lines and all(_cell(line[0]) is None for line in lines):
+        lines = [line[1:] for line in lines]  # names of the rows
+    if not lines or not lines[0]:
+        raise ValueError(f"{str(path)!r} must hold an accuracy matrix, found no numbers")
+    width = max(len(line) for line in lines)
+    table = torch.full((len(lines), width), math.nan, dtype=torch.float64)
+    for i, line in enumerate(lines):
+        for j, text in enumerate(line):
+            value = _cell(text)
+            if value is None:
+                raise ValueError(f"{str(path)!r} must hold numbers, got {text!r} in row {i + 1}, column {j + 1}")
+            table[i, j] = value
+    return table / 100 if bool((table > 1).any()) else table
+
+
+def check_report(matrix: Tensor, values: Mapping[str, float], tolerance: float = 5e-4) -> str:
+    """Say for each published value which definitions give it.
+
+    Args:
+        matrix: ``(rows, tasks)`` in [0, 1], NaN where not given.
+        values: published numbers by name, as fractions or percent.
+        tolerance: largest difference of fractions.
+
+    Returns:
+        Text for a terminal.
+
+    Example:
+        >>> print(check_report(torch.tensor([[0.6, 0.4], [0.7, 0.8]]), {"F": 0.5}))
+        F = 0.5000: no known definition gives this; nearest is forward_transfer[baseline=none] = 0.4000
+    """
+    lines = []
+    for name, match in match_definitions(values, matrix, tolerance=tolerance).items():
+        if match.agrees:
+            lines.append(f"{name} = {match.value:.4f} is")
+            lines += [f"    {definition}" for definition in match.agrees]
+        elif match.nearest is not None:
+            lines.append(
+                f"{name} = {match.value:.4f}: no known definition gives this;"
+                f" nearest is {match.nearest[0]} = {match.nearest[1]:.4f}"
+            )
+        else:
+            lines.append(f"{name} = {match.value:.4f}: nothing is defined for this matrix")
+    return "\n".join(lines)

@@ -1,0 +1,145 @@
+"""Pieces of the page that need no script: headline numbers, the table, notices, provenance and definitions."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cl_plugins.runs import Run
+
+from ._numbers import HEADLINE, MEASURES, UNDEFINED, Group, cost_of, number, quantity, summarize, warnings_of
+from ._text import name, text
+
+
+def run_labels(runs: Sequence[Run]) -> list[str]:
+    """A short name for each run, the seed where it tells the runs apart and the folder's name where it does not."""
+    labels = []
+    for run in runs:
+        seeds = [f"{k.replace('_', ' ')} {run.meta[k]}" for k in ("seed", "order_seed") if run.meta.get(k) is not None]
+        labels.append(", ".join(seeds) or run.id)
+    keys = [(r.meta.get("method"), r.meta.get("scenario"), label) for r, label in zip(runs, labels, strict=True)]
+    return [
+        f"{label} ({run.id})" if keys.count(key) > 1 and label != run.id else label
+        for run, label, key in zip(runs, labels, keys, strict=True)
+    ]
+
+
+def _tile(measure: str, shown: str, note: str) -> str:
+    entry = MEASURES[measure]
+    title, _, variant = entry.name.partition(" (")
+    variant = f"({variant}" if variant else ""
+    undefined = shown == UNDEFINED
+    reason = f'<p class="note">{text(entry.undefined)}</p>' if undefined else f'<p class="note">{text(note)}</p>'
+    return (
+        f'<div class="tile{" undefined" if undefined else ""}" title="{text(entry.definition)}">'
+        f'<h3>{text(title)} <span class="variant">{text(variant)}</span></h3>'
+        f'<p class="value" data-measure="{measure}">{text(shown)}</p>{reason}</div>'
+    )
+
+
+def tiles(groups: Sequence[Group], values: Sequence[dict[str, float]], selections: Sequence[str]) -> str:
+    """The headline numbers of every selectable run and method; the script shows one set at a time."""
+    sets: list[str] = []
+    for selection in selections:
+        index = int(selection[1:])
+        entries = []
+        for measure in HEADLINE:
+            better = f"{MEASURES[measure].better} is better"
+            if selection[0] == "r":
+                entries.append(_tile(measure, number(values[index][measure]), better))
+                continue
+            summary = summarize(groups[index], measure, values)
+            if summary is None:
+                entries.append(_tile(measure, UNDEFINED, ""))
+                continue
+            half = summary.half_width
+            spread = "no interval below 3 runs" if half is None else f"± {number(half)} (95 % t)"
+            entries.append(_tile(measure, number(summary.mean), f"{spread}, n = {summary.n}"))
+        hidden = "" if not sets else " hidden"
+        sets.append(f'<div class="tiles" data-selection="{selection}"{hidden}>{"".join(entries)}</div>')
+    return "".join(sets)
+
+
+def table(lines: Sequence[Sequence[str]]) -> str:
+    head = "".join(f'<th scope="col"{" class=n" if i > 1 else ""}>{text(c)}</th>' for i, c in enumerate(lines[0]))
+    body = []
+    for line in lines[1:]:
+        cells = [f'<th scope="row">{name(line[0])}</th><td>{name(line[1])}</td>']
+        cells += [f'<td class="n{" undefined" if c == UNDEFINED else ""}">{text(c)}</td>' for c in line[2:]]
+        body.append(f"<tr>{''.join(cells)}</tr>")
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+
+
+def _state(run: Run) -> str:
+    done = f"{run.correct.shape[0]} of {len(run.tasks)} tasks"
+    if run.ended == "finished":
+        return done
+    if run.ended is not None:
+        return f"{done}, {run.ended}: {run.error}" if run.error else f"{done}, {run.ended}"
+    return f"{done}, not ended (running or killed)"
+
+
+def notices(runs: Sequence[Run], groups: Sequence[Group], labels: Sequence[str]) -> str:
+    notes = [text(note) for note in warnings_of(runs, groups)]
+    for run, label in zip(runs, labels, strict=True):
+        who = f"{name(run.meta.get('method') or run.id)}, {name(label)}: " if len(runs) > 1 else ""
+        notes += [f"{who}{text(problem)}" for problem in run.problems]
+        if run.ended != "finished":
+            notes.append(f"{who}{text(_state(run))}.")
+    items = "".join(f"<li>{note}</li>" for note in notes[:40])
+    more = f"<li>and {len(notes) - 40} more</li>" if len(notes) > 40 else ""
+    return f'<ul class="notices" role="status">{items}{more}</ul>' if notes else ""
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    shown = json.dumps(value, ensure_ascii=True, default=str)
+    return shown if len(shown) <= 400 else shown[:400] + " ..."
+
+
+def moment(seconds: float | None) -> str:
+    if seconds is None:
+        return "not recorded"
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
+    except (ValueError, OverflowError, OSError):
+        return "not recorded"
+
+
+def provenance(runs: Sequence[Run], labels: Sequence[str]) -> str:
+    blocks = []
+    for run, label in zip(runs, labels, strict=True):
+        costs = cost_of(run)
+        known: Mapping[str, Any] = {
+            "run": run.id,
+            "state": _state(run),
+            "started": moment(run.started),
+            "last event": moment(run.updated),
+            "training seconds": quantity(costs["train_seconds"]),
+            "trainable parameters": quantity(costs["trainable"]),
+            **run.meta,
+        }
+        entries = "".join(f"<dt>{name(k)}</dt><dd><bdi>{text(_plain(v))}</bdi></dd>" for k, v in known.items())
+        heading = f"{name(run.meta.get('method') or run.id)}, {name(label)}"
+        opened = " open" if len(runs) == 1 else ""
+        blocks.append(f"<details{opened}><summary>{heading}</summary><dl>{entries}</dl></details>")
+    return "".join(blocks)
+
+
+def definitions() -> str:
+    return "".join(
+        f"<dt>{text(m.name)}</dt><dd>{text(m.definition)}. {text(m.better.capitalize())} is better."
+        f" Undefined when {text(m.undefined)}.</dd>"
+        for m in MEASURES.values()
+    )
+
+
+def default_title(runs: Sequence[Run], groups: Sequence[Group]) -> str:
+    scenarios = sorted({g.scenario for g in groups if g.scenario})
+    if len(groups) == 1:
+        return groups[0].label
+    where = f" on {scenarios[0]}" if len(scenarios) == 1 else ""
+    return f"{len({g.method for g in groups})} methods{where}, {len(runs)} runs"
