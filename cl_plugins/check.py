@@ -28,8 +28,8 @@ def _cell(text: str) -> float | None:
 def read_matrix(path: str | Path) -> Tensor:
     """An accuracy matrix from a CSV file or from a ``result.json``.
 
-    In a CSV file rows are evaluations and columns tasks; a first row or column of text is skipped, empty cells are cells
-    that were not measured, and numbers above 1 are taken for percent.
+    In a CSV file rows are evaluations and columns tasks; a first row or column of text is skipped, empty cells are
+    cells that were not measured, and numbers above 1 are taken for percent.
 
     Args:
         path: the file.

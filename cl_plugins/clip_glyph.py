@@ -1,4 +1,4 @@
-"""The bundled vision-language model: a small open_clip model that knows characters and their Unicode names."""
+"""A small vision-language model: an open_clip model that knows characters and their Unicode names."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,14 +58,18 @@ class NameTokenizer:
         return tokens
 
 
-def create_clip_glyph(pretrained: bool = True, **options: Any) -> tuple[nn.Module, NameTokenizer]:
+def create_clip_glyph(pretrained: bool | str | Path = False, **options: Any) -> tuple[nn.Module, NameTokenizer]:
     """The model and its tokenizer, by open_clip's own way; nothing is downloaded.
 
     Images are ``(batch, 3, 32, 32)`` in [0, 1], texts names in the manner of Unicode.
 
     Args:
-        pretrained: load the weights in the package.
+        pretrained: a file of weights that ``examples/pretrain_clip_glyph.py`` made, or True for the ones in the
+            package, which this version does not ship yet.
         **options: further arguments of ``open_clip.create_model``.
+
+    Raises:
+        FileNotFoundError: when the weights are not there.
 
     Example:
         >>> model, tokenize = create_clip_glyph()
@@ -74,6 +79,12 @@ def create_clip_glyph(pretrained: bool = True, **options: Any) -> tuple[nn.Modul
     import open_clip
 
     open_clip.add_model_config(WEIGHTS / "clip_glyph.json")
-    weights = str(WEIGHTS / "clip_glyph.safetensors") if pretrained else None
-    model: nn.Module = open_clip.create_model("clip_glyph", pretrained=weights, **options)
+    weights = WEIGHTS / "clip_glyph.safetensors" if pretrained is True else Path(pretrained) if pretrained else None
+    if weights is not None and not weights.is_file():
+        raise FileNotFoundError(
+            f"`pretrained` must be a file of weights, got {str(weights)!r}, which is not there;"
+            " make it with examples/pretrain_clip_glyph.py"
+        )
+    path = None if weights is None else str(weights)
+    model: nn.Module = open_clip.create_model("clip_glyph", pretrained=path, **options)
     return model, NameTokenizer()

@@ -6,6 +6,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 
-import torch  # noqa: E402  reads the number of threads from the environment
+import torch
 
 torch.set_num_threads(1)

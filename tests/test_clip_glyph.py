@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from cl_plugins.backbones import WEIGHTS
 from cl_plugins.clip_glyph import NameTokenizer, create_clip_glyph
 from cl_plugins.scenarios.glyphs import TEST_FACES, Stencils, glyph_classes, glyph_name, render, stream_classes
 from cl_plugins.targets import find_sites
@@ -33,8 +34,9 @@ def test_the_vocabulary_knows_every_name():
     assert (tokens.argmax(1) == (tokens > 0).sum(1) - 1).all()
 
 
+@pytest.mark.skipif(not (WEIGHTS / "clip_glyph.safetensors").is_file(), reason="the weights are not bundled")
 def test_zero_shot_on_characters_that_were_held_out():
-    model, tokenize = create_clip_glyph()
+    model, tokenize = create_clip_glyph(pretrained=True)
     model.eval()
     characters = stream_classes(300)
     labels = np.repeat(np.arange(300), 3)
@@ -45,8 +47,13 @@ def test_zero_shot_on_characters_that_were_held_out():
     assert (predicted == torch.from_numpy(labels)).float().mean() >= 0.5
 
 
+def test_weights_that_are_not_there_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="`pretrained` must be a file of weights"):
+        create_clip_glyph(pretrained=tmp_path / "none.safetensors")
+
+
 def test_both_towers_have_all_sites():
-    model, _ = create_clip_glyph(pretrained=False)
+    model, _ = create_clip_glyph()
     assert len(find_sites(model)) == (6 + 3) * 4
 
 

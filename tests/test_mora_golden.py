@@ -38,7 +38,9 @@ def _load(path: Path, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], dict
     return {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}, meta
 
 
-def _layer(data: dict[str, torch.Tensor], meta: dict, evaluation: str, *, new: bool = True) -> tuple[nn.Linear, RankExperts]:
+def _layer(
+    data: dict[str, torch.Tensor], meta: dict, evaluation: str, *, new: bool = True
+) -> tuple[nn.Linear, RankExperts]:
     """The base layer with a bank attached as the callback attaches it."""
     out, width = data["W"].shape
     model = nn.Sequential(nn.Linear(width, out, bias="b" in data)).to(data["W"].dtype)
@@ -54,8 +56,11 @@ def _layer(data: dict[str, torch.Tensor], meta: dict, evaluation: str, *, new: b
     for task in range(meta["T"]):
         bank.grow(task)
     values = {
-        "old_keys": data["A_old"], "new_keys": data["A_new"], "old_values": data["B_old"].T, "new_values": data["B_new"].T,
-    }  # fmt: skip
+        "old_keys": data["A_old"],
+        "new_keys": data["A_new"],
+        "old_values": data["B_old"].T,
+        "new_values": data["B_new"].T,
+    }
     if not new:  # the state before the last growth: the newest of the old experts stand where the new ones do
         r = meta["r"]
         bank = RankExperts(width, out, options, dtype=data["W"].dtype)
@@ -101,7 +106,11 @@ def test_golden_layer(path: Path, evaluation: str, dtype: torch.dtype) -> None:
 
     if "grad_x" in data:
         (y * data["cotangent"]).sum().backward()
-        for own, name in ((x.grad, "grad_x"), (bank.new_keys.grad[0], "grad_A_new"), (bank.new_values.grad[0].T, "grad_B_new")):
+        for own, name in (
+            (x.grad, "grad_x"),
+            (bank.new_keys.grad[0], "grad_A_new"),
+            (bank.new_values.grad[0].T, "grad_B_new"),
+        ):
             bound = 1e-7 if dtype == torch.float64 else 1e-4 * max(1.0, data[name].abs().max().item())
             torch.testing.assert_close(own, data[name], atol=bound, rtol=0)
     else:
