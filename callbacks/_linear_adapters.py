@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -63,13 +64,13 @@ class LinearAdapters(MaskedHead):
 
     # what a subclass gives
 
+    @abstractmethod
     def make(self, site: Site) -> LinearDelta:
         """An adapter for a site."""
-        raise NotImplementedError
 
+    @abstractmethod
     def settings(self) -> dict[str, Any]:
         """Plain values that the adapters' files keep."""
-        raise NotImplementedError
 
     # what the runner and hand-written loops call
 

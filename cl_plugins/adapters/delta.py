@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,9 +58,9 @@ class LinearDelta(nn.Module):
                 return f"its `{name}` has shape {tuple(state[name].shape)}, here it is {tuple(own.shape)}"
         return None
 
+    @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """``(..., groups * out_features)`` for an input ``(..., in_features)``."""
-        raise NotImplementedError
 
     def add_to(self, output: Tensor, delta: Tensor) -> Tensor:
         """``output`` plus ``delta`` in the parts that have an adapter."""

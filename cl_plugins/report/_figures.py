@@ -159,14 +159,23 @@ def _retention() -> Any:
     return plot
 
 
+def _vbars(plot: Any, width: float) -> None:
+    """Bars, and the same bars once more where they are striped; a pattern per bar would take a minute."""
+    columns = ("x", "top", "bottom", "color")
+    plot.vbar(
+        x="x", top="top", bottom="bottom", width=width, source=_source(*columns), fill_color="color", line_color=None,
+        name="bars",
+    )  # fmt: skip
+    plot.vbar(
+        x="x", top="top", bottom="bottom", width=width, source=_source(*columns), fill_color=None, line_color=None,
+        hatch_pattern="/", hatch_color="#ffffff", hatch_alpha=0.55, hatch_scale=7, hatch_weight=1.5, name="stripes",
+    )  # fmt: skip
+
+
 def _waterfall() -> Any:
     plot = _figure("waterfall", 400, "", "accuracy, mean over tasks")
     _segments(plot, "joins", line_color=_INK, line_dash="dotted")
-    plot.vbar(
-        x="x", top="top", bottom="bottom", width=0.72, source=_source("x", "top", "bottom", "color", "hatch"),
-        fill_color="color", line_color=None, hatch_pattern="hatch", hatch_color="#ffffff", hatch_alpha=0.55,
-        hatch_scale=7, hatch_weight=1.5, name="bars",
-    )  # fmt: skip
+    _vbars(plot, 0.72)
     plot.text(
         "x", "y", text="text", text_color="color", source=_source("x", "y", "text", "color"), name="labels",
         text_align="center", text_baseline="bottom", y_offset=-3, text_font_size="11px",
@@ -222,11 +231,7 @@ def _recency() -> Any:
 def _bars(name: str, y_title: str) -> Any:
     plot = _figure(name, 210, "task", y_title, percent=False)
     plot.yaxis.formatter = NumeralTickFormatter(format="0.[0]a")
-    plot.vbar(
-        x="x", top="top", bottom="bottom", width=0.76, source=_source("x", "top", "bottom", "color", "hatch"),
-        fill_color="color", line_color=None, hatch_pattern="hatch", hatch_color="#ffffff", hatch_alpha=0.6,
-        hatch_scale=7, hatch_weight=1.5, name="bars",
-    )  # fmt: skip
+    _vbars(plot, 0.76)
     _mark(plot, "box")
     return plot
 

@@ -211,31 +211,31 @@ const waterfall = {
   },
   draw() {
     const v = view(), plot = plots.waterfall, { start, merged } = this.steps(v);
-    const bars = { x: [], top: [], bottom: [], color: [], hatch: [] }, joins = { x0: [], y0: [], x1: [], y1: [] }, labels = { x: [], y: [], text: [], color: [] };
+    const bars = { x: [], top: [], bottom: [], color: [] }, striped = [], joins = { x0: [], y0: [], x1: [], y1: [] }, labels = { x: [], y: [], text: [], color: [] };
     this.bars = [];
     const good = isNumber(start) && merged.every((s) => isNumber(s.change));
     empty("waterfall", good ? "" : v.runs.length > 1 ? "undefined: the runs stand at different tasks or a cell was not measured" : "undefined: a learned task was not evaluated");
     byId("waterfall-about").textContent = "";
     if (good) {
       let level = start, low = start, high = start;
-      const add = (x, bottom, top, color, hatch, label, data) => {
-        bars.x.push(x); bars.bottom.push(Math.min(bottom, top)); bars.top.push(Math.max(bottom, top)); bars.color.push(color); bars.hatch.push(hatch);
+      const add = (x, bottom, top, color, loss, label, data) => {
+        bars.x.push(x); bars.bottom.push(Math.min(bottom, top)); bars.top.push(Math.max(bottom, top)); bars.color.push(color); striped.push(loss);
         labels.x.push(x); labels.y.push(Math.max(bottom, top)); labels.text.push(label); labels.color.push(css("--ink"));
         this.bars.push(data);
       };
       for (const s of merged) { level += s.change; low = Math.min(low, level); high = Math.max(high, level); }
       const base = low > 0.35 ? Math.floor((low - 0.06) * 20) / 20 : 0, few = byId("plot-waterfall").clientWidth / (merged.length + 2) > 44;
-      add(0, base, start, css("--level"), " ", fmt(start), { title: "learning accuracy", value: fmt(start) });
+      add(0, base, start, css("--level"), false, fmt(start), { title: "learning accuracy", value: fmt(start) });
       level = start;
       merged.forEach((s, k) => {
         joins.x0.push(k + 0.36); joins.x1.push(k + 0.64); joins.y0.push(level); joins.y1.push(level);
         const next = level + s.change;
-        add(k + 1, level, next, css(s.change < 0 ? "--loss" : "--gain"), s.change < 0 ? "/" : " ", few ? signed(s.change) : "", {
+        add(k + 1, level, next, css(s.change < 0 ? "--loss" : "--gain"), s.change < 0, few ? signed(s.change) : "", {
           title: s.first === s.last ? `learning ${taskName(v, s.first)}` : `learning tasks ${s.first} to ${s.last}`, value: signed(s.change), task: s.first, last: s.last });
         level = next;
       });
       joins.x0.push(merged.length + 0.36); joins.x1.push(merged.length + 0.64); joins.y0.push(level); joins.y1.push(level);
-      add(merged.length + 1, base, level, css("--level"), " ", fmt(v.measures.average_accuracy), { title: "average accuracy (last row)", value: fmt(v.measures.average_accuracy) });
+      add(merged.length + 1, base, level, css("--level"), false, fmt(v.measures.average_accuracy), { title: "average accuracy (last row)", value: fmt(v.measures.average_accuracy) });
       const end = merged.length + 1, pixels = (byId("plot-waterfall").clientWidth - 66) / (end + 1.2);
       const every = Math.ceil((merged.some((s) => s.first !== s.last) ? 52 : 26) / pixels), names = new Map([[0, "learned"], [end, "now"]]);
       merged.forEach((s, k) => { if ((k + 1) % every === 0 && Math.min(k + 1, end - k - 1) * pixels > 30) names.set(k + 1, s.first === s.last ? String(s.first) : `${s.first}+`); });
@@ -246,7 +246,7 @@ const waterfall = {
       range(plot, -side, end + side, base, Math.min(high + (high - base) * 0.14 + 0.004, 1.2));
       byId("waterfall-about").textContent = `What learning each task added to or took from the tasks before it; the bars sum to the average accuracy exactly.${base > 0 ? ` The axis starts at ${fmt(base, 2)}.` : ""}`;
     }
-    fill(plot, "bars", bars);
+    fillBars(plot, bars, striped);
     fill(plot, "joins", joins);
     fill(plot, "labels", labels);
   },

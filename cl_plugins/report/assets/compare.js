@@ -124,20 +124,20 @@ const cost = {
 function bars(name, parts, unit) {
   return {
     draw() {
-      const v = view(), plot = plots[name], data = { x: [], top: [], bottom: [], color: [], hatch: [] };
+      const v = view(), plot = plots[name], data = { x: [], top: [], bottom: [], color: [] }, striped = [];
       this.byTask = new Map();
       for (let j = 0; j < v.tasks; j++) {
         let level = 0;
         for (const p of parts) {
           const value = mean(v.runs.map((r) => p.value(r.cost.find((c) => c.task === j) ?? {})));
           if (!isNumber(value)) continue;
-          data.x.push(j); data.bottom.push(level); data.top.push(level + value); data.color.push(css(p.color)); data.hatch.push(p.hatch);
+          data.x.push(j); data.bottom.push(level); data.top.push(level + value); data.color.push(css(p.color)); striped.push(p.striped === true);
           level += value;
           this.byTask.set(j, [...(this.byTask.get(j) ?? []), [p.label, `${amount(value)}${unit}`]]);
         }
       }
       this.top = Math.max(...data.top, 0);
-      fill(plot, "bars", data);
+      fillBars(plot, data, striped);
       range(plot, -0.6, Math.max(v.tasks, 1) - 0.4, 0, this.top * 1.08 || 1);
       empty(name, data.x.length ? "" : "not recorded");
     },
@@ -156,11 +156,11 @@ function bars(name, parts, unit) {
 }
 
 const seconds = bars("seconds", [
-  { label: "training", value: (c) => c.train_seconds, color: "--c0", hatch: " " },
-  { label: "evaluation", value: (c) => c.eval_seconds, color: "--level", hatch: "/" },
+  { label: "training", value: (c) => c.train_seconds, color: "--c0" },
+  { label: "evaluation", value: (c) => c.eval_seconds, color: "--level", striped: true },
 ], " s");
-const parameters = bars("parameters", [{ label: "trainable", value: (c) => c.trainable ?? c.parameters, color: "--c0", hatch: " " }], "");
-const memory = bars("memory", [{ label: "peak", value: (c) => (isNumber(c.peak_bytes) ? c.peak_bytes / 2 ** 20 : null), color: "--c0", hatch: " " }], " MiB");
+const parameters = bars("parameters", [{ label: "trainable", value: (c) => c.trainable ?? c.parameters, color: "--c0" }], "");
+const memory = bars("memory", [{ label: "peak", value: (c) => (isNumber(c.peak_bytes) ? c.peak_bytes / 2 ** 20 : null), color: "--c0" }], " MiB");
 
 /* A panel per quantity that a method reports: a matrix, or series over the stream. */
 function panel(index) {

@@ -119,6 +119,11 @@ const part = (plot, name) => plot.renderers.find((r) => r.name === name);
 function fill(plot, name, data) {
   part(plot, name).data_source.data = data;
 }
+/* Bars, with stripes over those that `striped` names by position. */
+function fillBars(plot, data, striped) {
+  fill(plot, "bars", data);
+  fill(plot, "stripes", Object.fromEntries(Object.entries(data).map(([key, values]) => [key, values.filter((_, k) => striped[k])])));
+}
 function range(plot, x0, x1, y0, y1) {
   plot.x_range.setv({ start: x0, end: x1, reset_start: x0, reset_end: x1 });
   plot.y_range.setv({ start: y0, end: y1, reset_start: y0, reset_end: y1 });
@@ -141,7 +146,7 @@ function theme() {
     }
     for (const line of plot.center) line.setv?.({ grid_line_color: line.dimension === 1 && !part(plot, "gaps") ? grid : null });
     for (const name of ["tasks", "dots"]) part(plot, name)?.glyph.setv({ line_color: { value: muted }, fill_color: { value: muted } });
-    const striped = part(plot, "bars");
+    const striped = part(plot, "stripes");
     if (striped) striped.glyph.hatch_color = { value: css("--card") };
     const blank = part(plot, "blank");
     if (blank) blank.glyph.hatch_color = { value: css("--hatch") };

@@ -185,6 +185,7 @@ async function start() {
   references();
   draw();
   for (const name of Object.keys(plots)) listen(name);
+  for (let k = 0; k < 2; k++) await new Promise((done) => { requestAnimationFrame(() => setTimeout(done)); }); // the charts are painted
   document.documentElement.dataset.ready = String(Math.round(performance.now()));
 }
 
