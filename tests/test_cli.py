@@ -95,7 +95,7 @@ def test_compare_gives_mean_and_interval_over_seeds(tmp_path, capsys):
 def test_report_is_written_for_a_folder_of_runs(tmp_path, capsys):
     main(["run", "--method", "nearest-mean", *FAST, "--out", str(tmp_path / "runs" / "x")])
     assert main(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "r.html")]) == 0
-    assert "ranpac" in (tmp_path / "r.html").read_text()
+    assert "nearest-mean" in (tmp_path / "r.html").read_text()
 
 
 def test_list_names_every_method_and_scenario(capsys):
