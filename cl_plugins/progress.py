@@ -46,7 +46,7 @@ class StreamProgress(ContinualCallback):
         self._bar = tqdm(
             total=float(self._n_tasks),
             desc=self.label,
-            bar_format="{desc}: {percentage:3.0f}%|{bar:20}| {elapsed} < {remaining}{postfix}",
+            bar_format="{desc}: {percentage:3.0f}%|{bar:10}| {elapsed} < {remaining}{postfix}",
             file=self._file,
             disable=not self._file.isatty(),
             mininterval=0.2,
