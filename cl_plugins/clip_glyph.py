@@ -1,4 +1,4 @@
-"""A small vision-language model: an open_clip model that knows characters and their Unicode names."""
+"""The bundled vision-language model: a small open_clip model that knows characters and their Unicode names."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ class NameTokenizer:
         return tokens
 
 
-def create_clip_glyph(pretrained: bool | str | Path = False, **options: Any) -> tuple[nn.Module, NameTokenizer]:
+def create_clip_glyph(pretrained: bool | str | Path = True, **options: Any) -> tuple[nn.Module, NameTokenizer]:
     """The model and its tokenizer, by open_clip's own way; nothing is downloaded.
 
     Images are ``(batch, 3, 32, 32)`` in [0, 1], texts names in the manner of Unicode.
 
     Args:
-        pretrained: a file of weights that ``examples/pretrain_clip_glyph.py`` made, or True for the ones in the
-            package, which this version does not ship yet.
+        pretrained: True for the weights in the package, a file that ``examples/pretrain_clip_glyph.py`` made, or
+            False for random ones.
         **options: further arguments of ``open_clip.create_model``.
 
     Raises:
