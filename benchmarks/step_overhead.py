@@ -19,9 +19,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from cl_plugins import Task
 from cl_plugins.backbones import create_backbone
-from cl_plugins.benchmark import ImageClassifier, quiet_lightning
+from cl_plugins.benchmark import quiet_lightning
 from cl_plugins.callbacks import OVOR, ForgettingTracker
 from cl_plugins.recipes import load_recipe
+from cl_plugins.workloads import ImageClassifier
 
 
 def fit_seconds(with_callbacks: bool, backbone: str, size: int, batch: int, steps: int) -> float:

@@ -17,55 +17,12 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import yaml
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
-from cl_plugins.backbones import create_backbone
-from cl_plugins.outliers import ovor_learning_rate
 from cl_plugins.progress import StreamProgress
 from cl_plugins.recipes import Recipe, load_recipe, with_options
 from cl_plugins.result import StreamResult
 from cl_plugins.runner import fit_stream
-
-
-class ImageClassifier(pl.LightningModule):
-    """A plain classifier, as any user would write it; it knows nothing of tasks.
-
-    Args:
-        model: gives logits ``(batch, classes)`` for images ``(batch, channels, height, width)``.
-        recipe: optimizer, learning rate and schedule.
-    """
-
-    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
-        super().__init__()
-        self.model = model
-        self.recipe = recipe
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits."""
-        logits: Tensor = self.model(x)
-        return logits
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Cross-entropy."""
-        x, y = batch
-        return cross_entropy(self(x), y)
-
-    def configure_optimizers(self) -> Any:
-        """The recipe's optimizer and schedule over all parameters; frozen ones have no gradient and stay."""
-        recipe = self.recipe
-        classes = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-        options: dict[str, Any] = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
-        if recipe.optimizer == "sgd":
-            options["momentum"] = 0.9
-        optimizer = classes[recipe.optimizer](self.parameters(), **options)
-        epochs = self.trainer.max_epochs or 1
-        if recipe.schedule == "cosine":
-            return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)]
-        if recipe.schedule == "ovor" and epochs > 1:
-            factor = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda e: ovor_learning_rate(e, epochs, 1.0))
-            return [optimizer], [factor]
-        return optimizer
+from cl_plugins.workloads import build_module
 
 
 def build_callbacks(recipe: Recipe) -> list[Any]:
@@ -145,16 +102,11 @@ def run_benchmark(
         scenario,
         **{"batch_size": recipe.batch_size, "order_seed": order_seed, "data_seed": seed, **recipe.data, **(data or {})},
     )
-    if isinstance(stream, scenarios.InstructionStream):
-        raise ValueError(
-            f"`scenario` must be a stream of images for cl-bench, got {scenario!r}, a stream of texts;"
-            " train a causal language model on it with fit_stream"
-        )
     if recipe.joint:
         stream = scenarios.Joint(stream)
     callbacks = build_callbacks(recipe)
     pl.seed_everything(seed, workers=True, verbose=False)
-    module = ImageClassifier(create_backbone(recipe.backbone, stream.n_classes, recipe.pretrained), recipe)
+    module = build_module(recipe, stream)
     folder = run_folder(out, method, scenario, seed)
     identity = {"method": method, "scenario": scenario, "seed": seed, "order_seed": order_seed}
     config = {**identity, "device": device, "recipe": {**asdict(recipe), "callbacks": list(recipe.callbacks)}}

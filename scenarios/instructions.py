@@ -116,6 +116,8 @@ class InstructionStream(TaskStream):
         ['attention_mask', 'images', 'input_ids', 'inputs']
     """
 
+    modality: str = "text"
+
     def __init__(
         self,
         tasks: Sequence[TextTask | str] | None = None,

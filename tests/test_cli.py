@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cl_plugins.cli import _pair, main
+from cl_plugins.cli import main
+from cl_plugins.commands._pairs import pair
 from cl_plugins.recipes import Recipe, load_recipe, recipe_names, with_options
 
 OVOR_RUN = ["run", "--method", "ovor", "--scenario", "split-digits"]
@@ -189,7 +190,7 @@ def test_options_reach_the_callbacks_that_take_them():
     ],
 )
 def test_values_on_the_command_line_have_types(text, expected):
-    assert _pair(text) == expected
+    assert pair(text) == expected
 
 
 def test_settings_are_checked():
