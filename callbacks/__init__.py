@@ -4,7 +4,7 @@ if __name__ == "callbacks":
     raise ImportError("import cl_plugins.callbacks instead: a second copy under this name would break isinstance")
 
 from .balanced_ema import BalancedEMA
-from .baselines import FrozenBackbone, MaskedHead
+from .baselines import FrozenBackbone, MaskedHead, ZeroShot
 from .cache_features import CacheFeatures
 from .closed_form import NearestMean, RanPAC
 from .dashboard import ForgettingDashboard
@@ -38,4 +38,5 @@ __all__ = [
     "Sherl",
     "SideTuning",
     "TaskGroups",
+    "ZeroShot",
 ]

@@ -44,6 +44,7 @@ class LinearAdapters(MaskedHead):
     """
 
     key: ClassVar[str]
+    modalities: ClassVar[tuple[str, ...]] = ("image", "text", "image-text")
 
     def __init__(
         self,

@@ -1,11 +1,11 @@
-"""The two plain baselines: a masked head, and a masked head on a frozen backbone.
+"""The plain baselines: a masked head, a masked head on a frozen backbone, and no training at all.
 
 loss = CE(logits[task's classes], y)        MaskedHead: everything trains; FrozenBackbone: the head alone
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -40,6 +40,8 @@ class MaskedHead(ContinualCallback):
         [0, 1]
     """
 
+    modalities: ClassVar[tuple[str, ...]] = ("image",)
+
     def __init__(self, head: str | None = None) -> None:
         super().__init__()
         self.head = head
@@ -73,6 +75,26 @@ class MaskedHead(ContinualCallback):
         super().teardown(trainer, pl_module, stage)
         while self._protections:
             self._protections.pop().remove()
+
+
+class ZeroShot(ContinualCallback):
+    """Trains nothing: the model as it came, evaluated after every task, for models that classify by text.
+
+    WHEN: freezes the whole module at ``setup``; no ``fit`` takes place.
+
+    Example:
+        >>> net = nn.Linear(4, 3)
+        >>> ZeroShot().install(net)
+        >>> net.weight.requires_grad
+        False
+    """
+
+    training: ClassVar[Literal["required", "none", "neutral"]] = "none"
+    modalities: ClassVar[tuple[str, ...]] = ("image-text",)
+
+    def install(self, module: nn.Module) -> None:
+        """Freeze everything."""
+        freeze(module)
 
 
 class FrozenBackbone(MaskedHead):

@@ -55,6 +55,7 @@ class CacheFeatures(ContinualCallback):
     """
 
     training: ClassVar[Literal["required", "none", "neutral"]] = "neutral"
+    modalities: ClassVar[tuple[str, ...]] = ("image",)
 
     def __init__(
         self,

@@ -52,6 +52,7 @@ class NearestMean(ContinualCallback):
     """
 
     training: ClassVar[Literal["required", "none", "neutral"]] = "none"
+    modalities: ClassVar[tuple[str, ...]] = ("image",)
     plugin: ClassVar[str] = "nearest_mean"
 
     def __init__(self, depth: int = 0, backbone: str | None = None, head: str | None = None) -> None:

@@ -126,7 +126,10 @@ def run_benchmark(
         default_root_dir=folder,
     )
     started = time.perf_counter()
-    result = fit_stream(trainer, module, stream, seed=seed)
+    open_vocabulary = bool(getattr(stream, "open_vocabulary", False))  # then tasks count before they are learned
+    result = fit_stream(
+        trainer, module, stream, seed=seed, evaluate_initial=open_vocabulary, evaluate_future=open_vocabulary
+    )
     result.save(
         folder,
         **identity,
@@ -141,7 +144,9 @@ def run_benchmark(
         versions={
             "python": platform.python_version(),
             **{
-                name: version(name) for name in ("torch", "pytorch-lightning", "timm", "cl-plugins") if _installed(name)
+                name: version(name)
+                for name in ("torch", "pytorch-lightning", "timm", "open_clip_torch", "cl-plugins")
+                if _installed(name)
             },
         },
         recipe=config["recipe"],
@@ -157,6 +162,10 @@ def _installed(name: str) -> bool:
 def summary_table(result: StreamResult) -> str:
     """The named numbers and the accuracy matrix, for a terminal."""
     names = {
+        "transfer": "transfer (before learning)",
+        "average": "average (all cells)",
+        "last": "last (last row, all tasks)",
+        "zero_shot": "zero-shot (before any training)",
         "average_accuracy": "average accuracy (last row)",
         "average_incremental_accuracy": "average incremental accuracy",
         "learning_accuracy": "learning accuracy",

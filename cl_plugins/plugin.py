@@ -55,6 +55,8 @@ class ContinualCallback(Callback):
 
     training: ClassVar[Literal["required", "none", "neutral"]] = "required"
     """Whether the method needs gradient steps ("required"), replaces them ("none") or only watches ("neutral")."""
+    modalities: ClassVar[tuple[str, ...]] = ("image", "text", "image-text")
+    """What a stream's samples may be, see :attr:`cl_plugins.scenarios.TaskStream.modality`."""
 
     def __init__(self) -> None:
         self._task: Task | None = None
