@@ -94,8 +94,8 @@ def block_characters(name: str, n: int) -> tuple[int, ...]:
     """
     ranges = BLOCKS[name][0]
     found = tuple(c for c in stream_classes(HELD_OUT) if any(first <= c <= last for first, last in ranges))
-    if not 2 <= n <= len(found):
-        raise ValueError(f"`n_classes` must be from 2 to {len(found)}, the held-out characters of {name}, got {n!r}")
+    if not 1 <= n <= len(found):
+        raise ValueError(f"`n_classes` must be from 1 to {len(found)}, the held-out characters of {name}, got {n!r}")
     return found[:n]
 
 
@@ -110,7 +110,7 @@ def block_domains(
     """The eight domains; training, validation and test images come from different fonts.
 
     Args:
-        n_classes: characters of each block, from 2 to 21.
+        n_classes: characters of each block, from 1 to 21.
         train_images: training images a class; 16 as in X-TAIL.
         validation_images: validation images a class; 0 for none.
         test_images: test images a class.

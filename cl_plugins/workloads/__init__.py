@@ -15,17 +15,21 @@ from cl_plugins.workloads.image import ImageClassifier
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
-__all__ = ["ImageClassifier", "build_module"]
+__all__ = ["ImageClassifier", "build_module", "unfit"]
 
 
 def build_module(recipe: Recipe, stream: Any) -> pl.LightningModule:
     """The module that a recipe trains on a stream.
 
     Raises:
-        ValueError: for a stream whose samples no module here takes.
+        ValueError: for a stream whose samples no module here takes, or that the method cannot work on.
     """
     modality = getattr(stream, "modality", "image")
-    _check_callbacks(recipe, stream.name, modality)
+    reason = unfit(recipe, modality)
+    if reason is not None:
+        raise ValueError(
+            f"`method` must work on {modality} data, which {stream.name!r} is made of, got {recipe.method!r}: {reason}"
+        )
     if modality == "image-text":
         from cl_plugins.workloads.vision_language import build_vision_language
 
@@ -38,15 +42,18 @@ def build_module(recipe: Recipe, stream: Any) -> pl.LightningModule:
     )
 
 
-def _check_callbacks(recipe: Recipe, stream: str, modality: str) -> None:
-    """Refuse a method that cannot work on such a stream, before anything is written."""
+_REASONS = {
+    "image": "it needs the texts of the classes",
+    "text": "it acts on a classifier, and the model here generates text",
+    "image-text": "it acts on a linear classifier behind an image backbone, and the model here classifies by texts",
+}
+
+
+def unfit(recipe: Recipe, modality: str) -> str | None:
+    """Why a recipe cannot work on streams of a modality; None when it can."""
     callbacks = importlib.import_module("cl_plugins.callbacks")
-    for entry in recipe.callbacks:
-        fits: tuple[str, ...] = getattr(callbacks, entry["class"]).modalities
+    for name in (entry["class"] for entry in recipe.callbacks):
+        fits: tuple[str, ...] = getattr(callbacks, name).modalities
         if modality not in fits:
-            why = "classifies by texts and has no" if modality == "image-text" else "has no"
-            raise ValueError(
-                f"`method` must be one that works on {stream!r}, a stream of {modality} data, got {recipe.method!r}:"
-                f" {entry['class']} works on {' and '.join(fits)} data, because it acts on the linear classifier behind"
-                f" an image backbone, and the model here {why} such classifier"
-            )
+            return f"{name} works on {' and '.join(fits)} data alone, because {_REASONS[modality]}"
+    return None
