@@ -5,7 +5,7 @@ loss = CE(logits[task's classes], y)        MaskedHead: everything trains; Froze
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -84,6 +84,8 @@ class FrozenBackbone(MaskedHead):
         backbone: dotted name of the transformer, for modules with several.
         head: dotted name of the classifier, for modules where it cannot be told.
     """
+
+    feature: ClassVar[Literal["untouched", "frozen", "adapted", "side"]] = "frozen"
 
     def __init__(self, backbone: str | None = None, head: str | None = None) -> None:
         super().__init__(head)
