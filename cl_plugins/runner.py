@@ -192,8 +192,18 @@ def _fit(trainer: pl.Trainer, module: pl.LightningModule, stream: Stream, index:
             if not trainer.interrupted:
                 raise
             signal.signal(signal.SIGINT, on_interrupt)  # Lightning leaves the signal ignored
+    _same_buffers(trainer, module)
     if trainer.interrupted:
         raise KeyboardInterrupt(f"training was stopped in task {index}; finished tasks are recorded")
+
+
+def _same_buffers(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Give every process rank 0's buffers: each one's last batch left batch statistics of its own."""
+    if trainer.world_size > 1 and torch.distributed.is_initialized():
+        for buffer in module.buffers():
+            on_device = buffer.to(trainer.strategy.root_device).contiguous()  # the fit's end moved it to the CPU
+            torch.distributed.broadcast(on_device, 0)
+            buffer.copy_(on_device)
 
 
 def fit_stream(
