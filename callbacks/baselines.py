@@ -96,6 +96,12 @@ class ZeroShot(ContinualCallback):
         """Freeze everything."""
         freeze(module)
 
+    def conflict(self, other: ContinualCallback, module: nn.Module) -> str | None:
+        """What trains has nothing to train here."""
+        if other.training == "required":
+            return f"ZeroShot freezes the whole module, and {type(other).__name__} would train nothing"
+        return None
+
 
 class FrozenBackbone(MaskedHead):
     """Trains the masked classifier alone, on a backbone that stays as it was pretrained.
@@ -106,6 +112,8 @@ class FrozenBackbone(MaskedHead):
         backbone: dotted name of the transformer, for modules with several.
         head: dotted name of the classifier, for modules where it cannot be told.
     """
+
+    feature: ClassVar[Literal["untouched", "frozen", "adapted", "side"]] = "frozen"
 
     def __init__(self, backbone: str | None = None, head: str | None = None) -> None:
         super().__init__(head)

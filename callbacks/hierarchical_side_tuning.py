@@ -23,9 +23,11 @@ from torch import nn
 from cl_plugins.adapters.hierarchical_side import HierarchicalSide
 from cl_plugins.adapters.side_bank import Regime, Routing
 from cl_plugins.backbones import Backbone, find_backbone
+from cl_plugins.plugin import ContinualCallback
 from cl_plugins.taps import SideNetwork, token_layout
 
 from ._side import SideCallback
+from .cache_features import CacheFeatures
 
 
 class LeanHierarchicalSideTuning(SideCallback):
@@ -186,6 +188,15 @@ class HierarchicalSideTuning(LeanHierarchicalSideTuning):
             parameter.requires_grad_(trains)
             if not trains:
                 parameter.grad = None
+
+    def conflict(self, other: ContinualCallback, module: nn.Module) -> str | None:
+        """A cache of features, which the registers and norms keep changing."""
+        if isinstance(other, CacheFeatures):
+            return (
+                "features change while HierarchicalSideTuning trains registers and norms inside the backbone;"
+                " LeanHierarchicalSideTuning does without them"
+            )
+        return super().conflict(other, module)
 
     def own_parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """The pyramid's and the registers' parameters, the blocks' norms, the classifier."""

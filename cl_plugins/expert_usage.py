@@ -35,7 +35,7 @@ def expert_usage(
             bank.usage = ExpertUsage(bank)
         with evaluating(module):
             for batch in batches:
-                predict(module, to_device(batch, device))
+                predict(module, to_device(batch, device, module))
         return {name: bank.usage.read() for name, bank in grown.items() if bank.usage is not None}
     finally:
         for bank in grown.values():

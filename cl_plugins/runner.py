@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from cl_plugins._lightning import Callback
+from cl_plugins.composition import check_composition
 from cl_plugins.evaluation import Predict, default_predict, evaluate_tasks
 from cl_plugins.plugin import ContinualCallback, Row, plugins_of
 from cl_plugins.result import StreamResult
@@ -119,6 +120,7 @@ def start_task(trainer: pl.Trainer, module: pl.LightningModule, stream: Stream, 
         index: the task.
         seed: for what plugins draw when they grow.
     """
+    check_composition(plugins_of(trainer), module)
     stream.task = index
     trainer.fit_loop.epoch_progress.reset()  # without it a second fit does nothing, silently
     with task_seed(seed, index):
@@ -190,8 +192,18 @@ def _fit(trainer: pl.Trainer, module: pl.LightningModule, stream: Stream, index:
             if not trainer.interrupted:
                 raise
             signal.signal(signal.SIGINT, on_interrupt)  # Lightning leaves the signal ignored
+    _same_buffers(trainer, module)
     if trainer.interrupted:
         raise KeyboardInterrupt(f"training was stopped in task {index}; finished tasks are recorded")
+
+
+def _same_buffers(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Give every process rank 0's buffers: each one's last batch left batch statistics of its own."""
+    if trainer.world_size > 1 and torch.distributed.is_initialized():
+        for buffer in module.buffers():
+            on_device = buffer.to(trainer.strategy.root_device).contiguous()  # the fit's end moved it to the CPU
+            torch.distributed.broadcast(on_device, 0)
+            buffer.copy_(on_device)
 
 
 def fit_stream(
@@ -228,6 +240,7 @@ def fit_stream(
         FloatingPointError: when the loss becomes NaN or infinite.
     """
     _refuse(trainer, stream)
+    check_composition(plugins_of(trainer), module)
     if predict is default_predict:
         predict = getattr(stream, "predict", default_predict)
     state = next((c for c in trainer.callbacks if isinstance(c, StreamState)), None)  # type: ignore[attr-defined]
