@@ -236,3 +236,9 @@ def test_a_recipe_may_count_steps(tmp_path):
     told = json.loads((tmp_path / "result.json").read_text())
     assert told["recipe"]["steps"] == 2
     assert result.domain_scores["last"] > 1 / 24
+    events = [json.loads(line) for file in tmp_path.glob("events.*.jsonl") for line in file.open()]
+    use = [e for e in events if e.get("name") == "mora/mass_per_layer"]
+    assert len(use) == 8
+    for event in use:  # both towers, although texts are kept between batches
+        assert len(event["rows"]) == (6 + 3) * 4
+        assert all(sum(values) == pytest.approx(1, abs=1e-3) for values in event["value"])
