@@ -22,6 +22,7 @@ from cl_plugins.progress import StreamProgress
 from cl_plugins.recipes import Recipe, load_recipe, with_options
 from cl_plugins.result import StreamResult
 from cl_plugins.runner import fit_stream
+from cl_plugins.task_length import TaskLength
 from cl_plugins.workloads import build_module
 
 
@@ -93,7 +94,8 @@ def run_benchmark(
     scenarios = importlib.import_module("cl_plugins.scenarios")
     callbacks_module = importlib.import_module("cl_plugins.callbacks")
     recipe = with_options(
-        load_recipe(method, scenario), {**(options or {}), **({} if epochs is None else {"epochs": epochs})}
+        load_recipe(method, scenario),
+        {**(options or {}), **({} if epochs is None else {"epochs": epochs, "epochs_per_task": (), "steps": None})},
     )
     if device not in ("auto", "cpu", "cuda", "mps"):
         raise ValueError(f"`device` must be auto, cpu, cuda or mps, got {device!r}")
@@ -113,12 +115,16 @@ def run_benchmark(
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     dashboard = callbacks_module.ForgettingDashboard(folder.parent, run_id=folder.name, meta=config)
     tracker = callbacks_module.ForgettingTracker()
+    lengths = []
+    if recipe.steps is not None or recipe.epochs_per_task:
+        lengths.append(TaskLength(steps=recipe.steps, epochs=recipe.epochs_per_task))
     bar = StreamProgress(f"{method} on {scenario}", enabled=progress)
     trainer = pl.Trainer(
         max_epochs=recipe.epochs,
         accelerator={"auto": "auto", "cuda": "gpu"}.get(device, device),
         devices=1,
-        callbacks=[*callbacks, tracker, dashboard, bar],
+        gradient_clip_val=recipe.gradient_clip or None,
+        callbacks=[*callbacks, *lengths, tracker, dashboard, bar],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -89,8 +89,8 @@ def block_characters(name: str, n: int) -> tuple[int, ...]:
         ValueError: when there are fewer.
 
     Example:
-        >>> chr(block_characters("Cyrillic", 1)[0])
-        'ҹ'
+        >>> [glyph_name(c) for c in block_characters("Mathematical Operators", 1)]
+        ['SUPERSET OF OR EQUAL TO']
     """
     ranges = BLOCKS[name][0]
     found = tuple(c for c in stream_classes(HELD_OUT) if any(first <= c <= last for first, last in ranges))

@@ -202,3 +202,43 @@ def test_every_recipe_fits_some_kind_of_stream():
     }
     assert all(kinds.values())
     assert kinds["mora"] == kinds["finetune"] == ["image", "image-text"]
+
+
+# published settings
+
+
+def test_published_settings_of_x_tail_and_trace():
+    xtail, trace = load_recipe("mora", "x-tail"), load_recipe("mora", "trace")
+    assert (xtail.steps, xtail.batch_size, xtail.lr, xtail.schedule, xtail.weight_decay) == (
+        500,
+        64,
+        5e-4,
+        "cosine",
+        0.0,
+    )
+    assert (xtail.optimizer, xtail.betas, dict(xtail.data)) == ("adamw", (0.9, 0.9999), {"shots": 16})
+    assert xtail.callbacks[0]["init"] == {"rank": 16, "temperature": 0.01, "threshold": 0.2}
+    assert load_recipe("mora", "mtil") == xtail
+    same = ("steps", "batch_size", "lr", "schedule", "betas", "backbone", "data")
+    assert all(getattr(load_recipe("lora", "x-tail"), k) == getattr(xtail, k) for k in same)
+    assert (trace.optimizer, trace.betas, trace.lr, trace.schedule) == ("adam", (0.9, 0.95), 5e-4, "constant")
+    assert (trace.epochs_per_task, trace.batch_size, trace.gradient_clip) == ((2, 1, 3, 2, 1, 2, 2, 3), 32, 1.0)
+    init = dict(trace.callbacks[0]["init"])
+    assert (init.pop("rank"), init.pop("temperature"), init.pop("threshold")) == (8, 0.03, 0.2)
+    assert (init.pop("scaling"), init.pop("dropout")) == (2.0, 0.1)  # lora_alpha = 2 r in the release
+
+
+def test_a_recipe_may_count_steps(tmp_path):
+    result = run_benchmark(
+        "mora", "xtail-glyphs", device="cpu", out=tmp_path, data=SMALL, progress=False,
+        options={"steps": 2, "rank": 2, "schedule": "cosine", "gradient_clip": 1.0},
+    )  # fmt: skip
+    told = json.loads((tmp_path / "result.json").read_text())
+    assert told["recipe"]["steps"] == 2
+    assert result.domain_scores["last"] > 1 / 24
+    events = [json.loads(line) for file in tmp_path.glob("events.*.jsonl") for line in file.open()]
+    use = [e for e in events if e.get("name") == "mora/mass_per_layer"]
+    assert len(use) == 8
+    for event in use:  # both towers, although texts are kept between batches
+        assert len(event["rows"]) == (6 + 3) * 4
+        assert all(sum(values) == pytest.approx(1, abs=1e-3) for values in event["value"])
