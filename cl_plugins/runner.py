@@ -88,8 +88,8 @@ def _refuse(trainer: pl.Trainer, stream: Stream) -> None:
     kind = type(trainer.strategy).__name__
     if kind.startswith(_SHARDED):
         raise ValueError(
-            f"`strategy` must leave whole weights on each process, got {kind}, which keeps shards of them when a fit ends:"
-            " between tasks classifiers are masked, adapters grow and old tasks are evaluated; use strategy='ddp'"
+            f"`strategy` must leave whole weights on each process, got {kind}, which keeps shards of them when a fit"
+            " ends: between tasks classifiers are masked, adapters grow and old tasks are evaluated; use strategy='ddp'"
         )
     launcher = getattr(trainer.strategy, "launcher", None)
     if launcher is not None and type(launcher).__name__.startswith("_MultiProcessing"):
