@@ -42,7 +42,7 @@ TEAMS: dict[str, list[str]] = {
     "no method": [],
 }
 """Callbacks that need another one, and combinations beside the single callbacks."""
-BATCH_STATISTICS = ("HierarchicalSideTuning", "LeanHierarchicalSideTuning", "SideTuning")
+BATCH_STATISTICS = ("HierarchicalSideTuning", "LeanHierarchicalSideTuning")
 """Methods with batch normalization: each process normalizes by its own half of a batch, as in every DDP training
 without ``sync_batchnorm`` (which needs GPUs), so only the ranks among themselves can agree."""
 

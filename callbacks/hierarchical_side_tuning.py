@@ -173,7 +173,17 @@ class HierarchicalSideTuning(LeanHierarchicalSideTuning):
         }
 
     def install(self, module: nn.Module) -> None:
-        """Attach, freeze, and let the norms of the blocks train."""
+        """Attach, freeze, and let the norms of the blocks train.
+
+        Raises:
+            ValueError: for a backbone with gradient checkpointing, which would run the blocks again without registers.
+        """
+        parts = (find_backbone(module, self.backbone).model, *find_backbone(module, self.backbone).model.children())
+        if any(getattr(part, "grad_checkpointing", False) for part in parts):
+            raise ValueError(
+                "`grad_checkpointing` must be off for HierarchicalSideTuning, whose registers the second forward pass"
+                " would miss; call set_grad_checkpointing(False), or use LeanHierarchicalSideTuning"
+            )
         super().install(module)
         self._set_norms(module)
 

@@ -39,7 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words and not words[0].startswith("-") and words[0] not in actions:
         print(f"cl-bench: unknown command {words[0]!r}{did_you_mean(words[0], actions)}", file=sys.stderr)
         return _MISUSED
-    arguments = parser.parse_args(words)
+    try:
+        arguments = parser.parse_args(words)
+    except UnicodeError as error:  # a configuration file, or a word, that is no text
+        print(f"cl-bench: options and configuration files must be UTF-8 text: {error}", file=sys.stderr)
+        return _MISUSED
     try:
         return actions[arguments.command](arguments[arguments.command])
     except KeyboardInterrupt:

@@ -39,6 +39,7 @@ _EXPECTED_WARNINGS = (  # said once per task, about what is meant to be so
     r".*module\(s\) in eval mode at the start of training.*",
     r".*Checkpoint directory .* exists and is not empty.*",
 )
+_SHARDED = ("FSDP", "DeepSpeed", "ModelParallel", "XLAFSDP")
 _RESET_BETWEEN_TASKS = ("EarlyStopping", "ModelCheckpoint")
 
 
@@ -83,6 +84,12 @@ def _refuse(trainer: pl.Trainer, stream: Stream) -> None:
         raise ValueError(
             "`reload_dataloaders_every_n_epochs` must be 0, since the stream gives each task its own loader,"
             f" got {reload_every!r}"
+        )
+    kind = type(trainer.strategy).__name__
+    if kind.startswith(_SHARDED):
+        raise ValueError(
+            f"`strategy` must leave whole weights on each process, got {kind}, which keeps shards of them when a fit"
+            " ends: between tasks classifiers are masked, adapters grow and old tasks are evaluated; use strategy='ddp'"
         )
     launcher = getattr(trainer.strategy, "launcher", None)
     if launcher is not None and type(launcher).__name__.startswith("_MultiProcessing"):

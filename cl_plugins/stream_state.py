@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_plugins._lightning import Callback
+from cl_plugins._reading import load_tensors
 from cl_plugins.plugin import Row
 from cl_plugins.result import StreamResult
 from cl_plugins.task import Stream
@@ -115,12 +116,14 @@ class StreamState(Callback):
         Raises:
             ValueError: when the file is no stream checkpoint or one of another stream.
         """
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        state: dict[str, Any] | None = checkpoint.get("callbacks", {}).get(KEY)
+        checkpoint = load_tensors(path)
+        callbacks = checkpoint.get("callbacks") if isinstance(checkpoint, dict) else None
+        state: dict[str, Any] | None = callbacks.get(KEY) if isinstance(callbacks, dict) else None
         if state is None:
             raise ValueError(
                 f"`ckpt_path` must be a checkpoint written by fit_stream, got {str(path)!r} without a stream"
             )
+        _check_state(state, path)
         if state["stream"] != self._identity:
             raise ValueError(
                 f"`ckpt_path` must belong to this stream, got {str(path)!r} of {state['stream'].get('name')!r} with"
@@ -131,5 +134,23 @@ class StreamState(Callback):
     @staticmethod
     def load_weights(module: nn.Module, path: Path) -> None:
         """Strictly load the weights alone, for methods without a training phase."""
-        weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        weights: dict[str, Tensor] = load_tensors(path)["state_dict"]
         module.load_state_dict(weights)
+
+
+def _check_state(state: Any, path: Path) -> None:
+    """Raise a ValueError when a part of the saved state is missing or of another kind."""
+    kinds = {"task": int, "stream": dict, "rows": list, "train_seconds": list, "random": dict}
+    wrong = [k for k, kind in kinds.items() if not isinstance(state, dict) or not isinstance(state.get(k), kind)]
+    if not wrong:
+        initial = state.get("initial")
+        try:
+            for row in [*state["rows"], *([] if initial is None else [initial])]:
+                row_from_state(row)
+        except (KeyError, TypeError):
+            wrong = ["rows"]
+    if wrong:
+        raise ValueError(
+            f"{str(path)!r} must hold the whole state of a stream, got one with a damaged `{wrong[0]}`; go on from an"
+            " earlier checkpoint"
+        )

@@ -7,7 +7,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from cl_plugins.commands._pairs import pair
+from cl_plugins.commands._pairs import pairs
 
 HELP = "train a method on a scenario"
 
@@ -16,12 +16,12 @@ def parser() -> ArgumentParser:
     """Options of the command."""
     parser = ArgumentParser(description="Train a method on a scenario; writes result.json and report.html.")
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
-    parser.add_argument("--method", required=True, help="a method of `cl-bench list`")
-    parser.add_argument("--scenario", required=True, help="a scenario of `cl-bench list`")
+    parser.add_argument("--method", type=str, required=True, help="a method of `cl-bench list`")
+    parser.add_argument("--scenario", type=str, required=True, help="a scenario of `cl-bench list`")
     parser.add_argument("--seed", type=int, default=0, help="of initialization and data order")
     parser.add_argument("--order-seed", type=int | None, default=None, help="shuffles the classes over the tasks")
     parser.add_argument("--epochs", type=int | None, default=None, help="per task, in place of the recipe's")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--out", type=str | None, default=None, help="run folder; runs/<method>_<scenario>_seed<seed>")
     parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="a setting of the recipe or its callbacks")
     parser.add_argument(
@@ -35,8 +35,7 @@ def execute(arguments: Any) -> int:
     """Run the command; returns the exit status."""
     from cl_plugins.benchmark import run_benchmark, summary_table
 
-    options = dict(pair(text) for text in arguments.set or [])
-    data = dict(pair(text) for text in arguments.data or [])
+    options, data = pairs(arguments.set, "--set"), pairs(arguments.data, "--data")
     folder = Path(arguments.out or Path("runs") / f"{arguments.method}_{arguments.scenario}_seed{arguments.seed}")
     result = run_benchmark(
         arguments.method,
