@@ -12,10 +12,11 @@ from torch import nn
 from cl_plugins import fit_stream
 from cl_plugins.benchmark import run_benchmark, summary_table
 from cl_plugins.clip_glyph import HELD_OUT
+from cl_plugins.compare import table_rows
 from cl_plugins.plugin import Row
 from cl_plugins.recipes import load_recipe, recipe_names, with_options
 from cl_plugins.result import StreamResult
-from cl_plugins.scenarios import build_scenario
+from cl_plugins.scenarios import build_scenario, scenario_info
 from cl_plugins.scenarios.glyph_blocks import BLOCKS, block_characters
 from cl_plugins.scenarios.glyphs import glyph_name, pretraining_classes, stream_classes
 from cl_plugins.task import Task
@@ -177,6 +178,20 @@ def test_the_command_writes_all_three_scores(tmp_path, scenario, matrix):
     for words in ("transfer (before learning)", "average (all cells)", "last (last row", "zero-shot (before any"):
         assert words in table
     assert (tmp_path / "report.html").is_file()
+
+
+def test_tables_have_the_scores_where_a_result_has_them():
+    plain = {"scenario": "split", "method": "a", "accuracy_matrix": [], "average_accuracy": 0.5}
+    domains = {**plain, "scenario": "x-tail", "transfer": 0.25, "average": 0.5, "last": 0.75}
+    assert "transfer" not in table_rows([plain])[0]
+    rows = table_rows([plain, domains])
+    assert [r["transfer"] for r in rows] == ["undefined", "0.250"]
+    assert (rows[1]["average (all cells)"], rows[1]["last"]) == ("0.500", "0.750")
+
+
+def test_scenarios_say_what_their_samples_are():
+    for name in ("xtail-glyphs", "mtil-glyphs", "split-digits"):
+        assert build_scenario(name).modality == scenario_info(name).modality
 
 
 # refusals
