@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from cl_plugins import fit_stream
-from cl_plugins.benchmark import run_benchmark, summary_table
+from cl_plugins.benchmark import build_callbacks, run_benchmark, summary_table
 from cl_plugins.clip_glyph import HELD_OUT
 from cl_plugins.compare import table_rows
 from cl_plugins.plugin import Row
@@ -82,8 +82,6 @@ def test_an_open_clip_model_brings_its_own_transforms():
 
 def trained(method, stream, epochs=1, **options):
     recipe = with_options(load_recipe(method, "xtail-glyphs"), options)
-    from cl_plugins.benchmark import build_callbacks
-
     pl.seed_everything(0, verbose=False)
     module = build_module(recipe, stream)
     before = {k: v.clone() for k, v in module.state_dict().items() if isinstance(v, torch.Tensor)}
@@ -140,6 +138,29 @@ def test_the_classifiers_position_is_part_of_its_state():
     assert (second.seen, second.classes) == ((0, 1), (2, 3))
     assert second.current.flatten().tolist() == [2, 3]
     assert second.row.tolist() == [-1, -1, 0, 1, -1, -1]
+
+
+def test_a_resumed_stream_ends_as_the_whole_one(tmp_path):
+    def run(ckpt_path=None):
+        recipe = with_options(load_recipe("mora", "xtail-glyphs"), {"rank": 2})
+        pl.seed_everything(0, verbose=False)
+        stream = small_stream()
+        module = build_module(recipe, stream)
+        keep = pl.callbacks.ModelCheckpoint(tmp_path, save_top_k=-1, filename="{step}")
+        trainer = pl.Trainer(
+            max_epochs=2, accelerator="cpu", callbacks=[*build_callbacks(recipe), keep], logger=False,
+            enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        result = fit_stream(trainer, module, stream, ckpt_path, evaluate_initial=True, evaluate_future=True)
+        return module, result
+
+    whole, told = run()
+    middle = tmp_path / "step=11.ckpt"  # one step an epoch, two epochs a task: in the middle of task 5
+    resumed, again = run(middle)
+    assert torch.load(middle, weights_only=True)["state_dict"]["net._extra_state"]["classes"] == [15, 16, 17]
+    assert resumed.net.seen == whole.net.seen
+    assert [r.correct for r in again.rows] == [r.correct for r in told.rows]
+    assert again.initial.correct == told.initial.correct
 
 
 # the numbers
