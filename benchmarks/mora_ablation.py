@@ -30,21 +30,18 @@ from cl_plugins.workloads import build_module
 SCENARIO = "xtail-glyphs"
 TRAINED: dict[str, dict[str, Any]] = {
     "recipe": {},
-    "temperature 0.003": {"temperature": 0.003},
-    "temperature 0.03": {"temperature": 0.03},
     "temperature 0.1": {"temperature": 0.1},
-    "temperature 1": {"temperature": 1.0},
-    "top_k 2": {"top_k": 2},
     "top_k 4": {"top_k": 4},
-    "top_k 64": {"top_k": 64},
-    "k_schedule per_task": {"k_schedule": "per_task"},
     "score_norm cosine": {"score_norm": "cosine"},
+    "top_k 64": {"top_k": 64},
+    "temperature 1": {"temperature": 1.0},
     "score_norm none": {"score_norm": "none"},
+    "temperature 0.03": {"temperature": 0.03},
+    "k_schedule per_task": {"k_schedule": "per_task"},
     "new_key_init orthogonal_to_old": {"new_key_init": "orthogonal_to_old"},
-    "qkv_mode fused": {"qkv_mode": "fused"},
+    "visual tower alone": {"targets": r".*\.visual\..*(in_proj|out_proj|c_fc|c_proj)"},
 }
-EVALUATED = [("absolute", 0.0), ("absolute", 0.1), ("absolute", 0.3), ("absolute", 0.4), ("absolute", 0.5),
-             ("sqrt_r", 0.2), ("sqrt_r", 0.4), ("sqrt_r", 0.6)]  # fmt: skip
+EVALUATED = [("absolute", 0.0), ("absolute", 0.2), ("absolute", 0.4), ("sqrt_r", 0.4), ("sqrt_r", 0.8)]
 
 
 class Thresholds(ContinualCallback):
