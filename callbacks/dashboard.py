@@ -95,7 +95,7 @@ class ForgettingDashboard(ContinualCallback):
         self.path = Path(path)
         self.run_id = run_id if run_id is None else check_run_id(run_id)
         self.meta = dict(meta or {})
-        if report is not None and Path(report).name != report:
+        if report is not None and (not report or Path(report).name != report):
             raise ValueError(
                 f"`report` must be a file name in the run's folder, got {report!r}; choose the folder with `path`"
             )
