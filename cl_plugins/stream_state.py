@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,6 +66,13 @@ def set_random_states(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(states["cuda"])
 
 
+def finished_rows(trainer: pl.Trainer) -> list[Row]:
+    """The rows that a resumed stream begins with; none in a stream that starts anew."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    state = next((c for c in callbacks if isinstance(c, StreamState)), None)
+    return [] if state is None else [row_from_state(r) for r in state.state_dict()["rows"]]
+
+
 class StreamState(Callback):
     """Puts the position in the stream, the finished rows and the random states into every checkpoint.
 
@@ -73,6 +81,8 @@ class StreamState(Callback):
 
     def __init__(self) -> None:
         self.task = 0
+        self.started: float | None = None
+        """When the task under way began, by ``time.perf_counter``; None between tasks."""
         self._result: StreamResult | None = None
         self._identity: dict[str, Any] = {}
         self._pending: dict[str, Any] | None = None
@@ -96,6 +106,8 @@ class StreamState(Callback):
             "rows": [] if result is None else [row_to_state(r) for r in result.rows],
             "initial": None if result is None or result.initial is None else row_to_state(result.initial),
             "train_seconds": [] if result is None else list(result.train_seconds),
+            "trainable_parameters": 0 if result is None else result.trainable_parameters,
+            "spent": 0.0 if self.started is None else time.perf_counter() - self.started,
             "random": random_states(),
         }
 
@@ -105,12 +117,16 @@ class StreamState(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go on with the random numbers where the checkpoint stopped."""
+        self.restore_random_states()
+
+    def restore_random_states(self) -> None:
+        """Go on with the loaded random numbers now, not when training starts."""
         if self._pending is not None:
             set_random_states(self._pending)
             self._pending = None
 
-    def read(self, path: Path) -> dict[str, Any]:
-        """The saved state in a checkpoint, checked against the stream.
+    def read(self, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The saved state in a checkpoint, checked against the stream, and the whole checkpoint.
 
         Raises:
             ValueError: when the file is no stream checkpoint or one of another stream.
@@ -126,7 +142,7 @@ class StreamState(Callback):
                 f"`ckpt_path` must belong to this stream, got {str(path)!r} of {state['stream'].get('name')!r} with"
                 f" {len(state['stream'].get('tasks', []))} tasks; use the same scenario, class order and seeds"
             )
-        return state
+        return state, checkpoint
 
     @staticmethod
     def load_weights(module: nn.Module, path: Path) -> None:
