@@ -6,7 +6,7 @@ if __name__ == "callbacks":
 from cl_plugins.stream_checkpoint import StreamCheckpoint
 
 from .balanced_ema import BalancedEMA
-from .baselines import FrozenBackbone, MaskedHead
+from .baselines import FrozenBackbone, MaskedHead, ZeroShot
 from .cache_features import CacheFeatures
 from .closed_form import NearestMean, RanPAC
 from .dashboard import ForgettingDashboard
@@ -41,4 +41,5 @@ __all__ = [
     "SideTuning",
     "StreamCheckpoint",
     "TaskGroups",
+    "ZeroShot",
 ]

@@ -129,6 +129,10 @@ class MoRA(LinearAdapters):
         """Plain values that the adapters' files keep."""
         return {**asdict(self.options), "qkv_mode": self.qkv_mode}
 
+    def grows(self) -> bool:
+        """Yes: experts are added with each task."""
+        return True
+
     def banks(self, module: nn.Module) -> dict[str, RankExperts]:
         """The banks by the names of their layers."""
         return {n: a for n, a in self.adapters(module).by_site().items() if isinstance(a, RankExperts)}

@@ -1,8 +1,8 @@
 """Checkpoint files that are whole or not there: written beside, synced, renamed, with a SHA-256 checksum.
 
 A folder holds ``stream-<number>-task-<task>-step-<step>.ckpt`` and, for each, ``<name>.sha256`` in the format of
-``sha256sum``, so ``sha256sum -c *.sha256`` checks them without this library. The checksum is written first: a checkpoint
-without one is not finished. Numbers are never used twice.
+``sha256sum``, so ``sha256sum -c *.sha256`` checks them without this library. The checksum is written first: a
+checkpoint without one is not finished. Numbers are never used twice.
 """
 
 from __future__ import annotations

@@ -24,11 +24,12 @@ from torch import Tensor
 
 from cl_plugins._lightning import Callback
 from cl_plugins.checkpoint_files import checkpoint_files, damage, newest_intact
+from cl_plugins.composition import check_composition
 from cl_plugins.evaluation import Predict, default_predict, evaluate_tasks
 from cl_plugins.plugin import ContinualCallback, Row, plugins_of
 from cl_plugins.result import StreamResult
 from cl_plugins.stream_checkpoint import KIND, StreamCheckpoint, StreamStopped, restore_between
-from cl_plugins.stream_state import StreamState, row_from_state
+from cl_plugins.stream_state import StreamState, restore_result
 from cl_plugins.task import Stream, check_tasks
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ _EXPECTED_WARNINGS = (  # said once per task, about what is meant to be so
     r".*module\(s\) in eval mode at the start of training.*",
     r".*Checkpoint directory .* exists and is not empty.*",
 )
+_SHARDED = ("FSDP", "DeepSpeed", "ModelParallel", "XLAFSDP")
 _RESET_BETWEEN_TASKS = ("EarlyStopping", "ModelCheckpoint")
 
 
@@ -72,8 +74,8 @@ class _LossGuard(Callback):
         if bad is not None and bool(bad):
             raise FloatingPointError(
                 f"the training loss must stay finite, got NaN or infinity in epoch {trainer.current_epoch} of this"
-                " task; lower the learning rate or clip the gradients; finished tasks are recorded, and no checkpoint was"
-                " written with these weights"
+                " task; lower the learning rate or clip the gradients; finished tasks are recorded, and no checkpoint"
+                " was written with these weights"
             )
 
 
@@ -89,6 +91,12 @@ def _refuse(trainer: pl.Trainer, stream: Stream) -> None:
         raise ValueError(
             "`reload_dataloaders_every_n_epochs` must be 0, since the stream gives each task its own loader,"
             f" got {reload_every!r}"
+        )
+    kind = type(trainer.strategy).__name__
+    if kind.startswith(_SHARDED):
+        raise ValueError(
+            f"`strategy` must leave whole weights on each process, got {kind}, which keeps shards of them when a fit"
+            " ends: between tasks classifiers are masked, adapters grow and old tasks are evaluated; use strategy='ddp'"
         )
     launcher = getattr(trainer.strategy, "launcher", None)
     if launcher is not None and type(launcher).__name__.startswith("_MultiProcessing"):
@@ -126,6 +134,7 @@ def start_task(trainer: pl.Trainer, module: pl.LightningModule, stream: Stream, 
         index: the task.
         seed: for what plugins draw when they grow.
     """
+    check_composition(plugins_of(trainer), module)
     stream.task = index
     trainer.fit_loop.epoch_progress.reset()  # without it a second fit does nothing, silently
     with task_seed(seed, index):
@@ -223,8 +232,18 @@ def _fit(trainer: pl.Trainer, module: pl.LightningModule, stream: Stream, index:
             if not trainer.interrupted:
                 raise
             signal.signal(signal.SIGINT, on_interrupt)  # Lightning leaves the signal ignored
+    _same_buffers(trainer, module)
     if trainer.interrupted:
         raise KeyboardInterrupt(f"training was stopped in task {index}; finished tasks are recorded")
+
+
+def _same_buffers(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Give every process rank 0's buffers: each one's last batch left batch statistics of its own."""
+    if trainer.world_size > 1 and torch.distributed.is_initialized():
+        for buffer in module.buffers():
+            on_device = buffer.to(trainer.strategy.root_device).contiguous()  # the fit's end moved it to the CPU
+            torch.distributed.broadcast(on_device, 0)
+            buffer.copy_(on_device)
 
 
 def fit_stream(
@@ -262,6 +281,7 @@ def fit_stream(
         StreamStopped: behind the save on SIGTERM, with a :class:`~cl_plugins.callbacks.StreamCheckpoint`.
     """
     _refuse(trainer, stream)
+    check_composition(plugins_of(trainer), module)
     if predict is default_predict:
         predict = getattr(stream, "predict", default_predict)
     state = next((c for c in trainer.callbacks if isinstance(c, StreamState)), None)  # type: ignore[attr-defined]
@@ -277,10 +297,7 @@ def fit_stream(
         resume = find_checkpoint(trainer, ckpt_path)
         saved, checkpoint = state.read(resume)
         first, spent = saved["task"], saved.get("spent", 0.0)
-        result.rows[:] = [row_from_state(r) for r in saved["rows"]]
-        result.initial = None if saved["initial"] is None else row_from_state(saved["initial"])
-        result.train_seconds[:] = saved["train_seconds"]
-        result.trainable_parameters = saved.get("trainable_parameters", 0)
+        restore_result(result, saved)
         between = checkpoint if KIND in checkpoint else None
         del checkpoint
     plugins, savers = plugins_of(trainer), _checkpoints(trainer)

@@ -40,8 +40,8 @@ class StreamCheckpoint(Checkpoint):
 
     WHEN: at the end of each task, behind its evaluation, so that nothing is evaluated twice; inside a task every so
     many optimizer steps or minutes; and once when SIGTERM arrives, as from Slurm or a spot instance: then the process
-    ends with status 143. A SIGTERM behind the last batch of a task waits for the end of the task's evaluation. Resume with
-    ``fit_stream(..., ckpt_path="last")``.
+    ends with status 143. A SIGTERM behind the last batch of a task waits for the end of the task's evaluation. Resume
+    with ``fit_stream(..., ckpt_path="last")``.
 
     Args:
         folder: of the checkpoints, two at a time; created when missing.

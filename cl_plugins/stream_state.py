@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_plugins._lightning import Callback
+from cl_plugins._reading import load_tensors
 from cl_plugins.plugin import Row
 from cl_plugins.result import StreamResult
 from cl_plugins.task import Stream
@@ -39,6 +40,14 @@ def row_from_state(state: dict[str, Any]) -> Row:
         confusion=tuple(tuple(line) for line in state["confusion"]),
         seconds=state["seconds"],
     )
+
+
+def restore_result(result: StreamResult, state: dict[str, Any]) -> None:
+    """Put the rows and times of a saved state into an empty result."""
+    result.rows[:] = [row_from_state(r) for r in state["rows"]]
+    result.initial = None if state["initial"] is None else row_from_state(state["initial"])
+    result.train_seconds[:] = state["train_seconds"]
+    result.trainable_parameters = state.get("trainable_parameters", 0)
 
 
 def random_states() -> dict[str, Any]:
@@ -87,6 +96,13 @@ class StreamState(Callback):
         self._identity: dict[str, Any] = {}
         self._pending: dict[str, Any] | None = None
 
+    @classmethod
+    def for_stream(cls, stream: Stream) -> StreamState:
+        """One that reads checkpoints of ``stream``."""
+        state = cls()
+        state.begin(stream, StreamResult.for_stream(stream))
+        return state
+
     @property
     def state_key(self) -> str:
         """The same in every version of the library."""
@@ -131,12 +147,14 @@ class StreamState(Callback):
         Raises:
             ValueError: when the file is no stream checkpoint or one of another stream.
         """
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        state: dict[str, Any] | None = checkpoint.get("callbacks", {}).get(KEY)
+        checkpoint = load_tensors(path)
+        callbacks = checkpoint.get("callbacks") if isinstance(checkpoint, dict) else None
+        state: dict[str, Any] | None = callbacks.get(KEY) if isinstance(callbacks, dict) else None
         if state is None:
             raise ValueError(
                 f"`ckpt_path` must be a checkpoint written by fit_stream, got {str(path)!r} without a stream"
             )
+        _check_state(state, path)
         if state["stream"] != self._identity:
             raise ValueError(
                 f"`ckpt_path` must belong to this stream, got {str(path)!r} of {state['stream'].get('name')!r} with"
@@ -147,5 +165,23 @@ class StreamState(Callback):
     @staticmethod
     def load_weights(module: nn.Module, path: Path) -> None:
         """Strictly load the weights alone, for methods without a training phase."""
-        weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        weights: dict[str, Tensor] = load_tensors(path)["state_dict"]
         module.load_state_dict(weights)
+
+
+def _check_state(state: Any, path: Path) -> None:
+    """Raise a ValueError when a part of the saved state is missing or of another kind."""
+    kinds = {"task": int, "stream": dict, "rows": list, "train_seconds": list, "random": dict}
+    wrong = [k for k, kind in kinds.items() if not isinstance(state, dict) or not isinstance(state.get(k), kind)]
+    if not wrong:
+        initial = state.get("initial")
+        try:
+            for row in [*state["rows"], *([] if initial is None else [initial])]:
+                row_from_state(row)
+        except (KeyError, TypeError):
+            wrong = ["rows"]
+    if wrong:
+        raise ValueError(
+            f"{str(path)!r} must hold the whole state of a stream, got one with a damaged `{wrong[0]}`; go on from an"
+            " earlier checkpoint"
+        )

@@ -52,6 +52,14 @@ def _settings(stream: TaskStream, kind: str) -> dict[str, Any]:
     }
 
 
+def _keep_texts(stream: TaskStream, original: TaskStream) -> None:
+    """What a stream of images and texts says of its classes."""
+    stream.n_classes = original.n_classes
+    for name in ("modality", "task_known", "open_vocabulary", "class_names", "class_texts"):
+        if hasattr(original, name):
+            setattr(stream, name, getattr(original, name))
+
+
 def _as_stream(stream: TaskStream | str) -> TaskStream:
     built = build_scenario(stream) if isinstance(stream, str) else stream
     if not isinstance(built, TaskStream):
@@ -88,6 +96,7 @@ class Joint(TaskStream):
             None if original.validation is None else _merged(original.validation),
             **_settings(original, "joint"),
         )
+        _keep_texts(self, original)
 
     def learned_after(self, task: int) -> int:
         """All of them."""
@@ -128,3 +137,4 @@ class Cumulative(TaskStream):
             shared_classes=True,
             **_settings(original, "cumulative"),
         )
+        _keep_texts(self, original)
