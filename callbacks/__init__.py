@@ -3,6 +3,8 @@
 if __name__ == "callbacks":
     raise ImportError("import cl_plugins.callbacks instead: a second copy under this name would break isinstance")
 
+from cl_plugins.stream_checkpoint import StreamCheckpoint
+
 from .balanced_ema import BalancedEMA
 from .baselines import FrozenBackbone, MaskedHead, ZeroShot
 from .cache_features import CacheFeatures
@@ -37,6 +39,7 @@ __all__ = [
     "RanPAC",
     "Sherl",
     "SideTuning",
+    "StreamCheckpoint",
     "TaskGroups",
     "ZeroShot",
 ]

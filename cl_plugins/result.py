@@ -29,18 +29,23 @@ _DOMAIN_SCORES = {
 }
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write ``value`` so that a reader sees the old file or the whole new one, never a part."""
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old one or the whole new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(value, indent=1, allow_nan=False) + "\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write ``value`` as JSON by :func:`write_text`."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def _number(value: Tensor | float) -> float | None:
