@@ -1,4 +1,4 @@
-"""The two plain baselines: a masked head, and a masked head on a frozen backbone.
+"""The plain baselines: a masked head, a masked head on a frozen backbone, and no training at all.
 
 loss = CE(logits[task's classes], y)        MaskedHead: everything trains; FrozenBackbone: the head alone
 """
@@ -40,6 +40,8 @@ class MaskedHead(ContinualCallback):
         [0, 1]
     """
 
+    modalities: ClassVar[tuple[str, ...]] = ("image",)
+
     def __init__(self, head: str | None = None) -> None:
         super().__init__()
         self.head = head
@@ -73,6 +75,32 @@ class MaskedHead(ContinualCallback):
         super().teardown(trainer, pl_module, stage)
         while self._protections:
             self._protections.pop().remove()
+
+
+class ZeroShot(ContinualCallback):
+    """Trains nothing: the model as it came, evaluated after every task, for models that classify by text.
+
+    WHEN: freezes the whole module at ``setup``; no ``fit`` takes place.
+
+    Example:
+        >>> net = nn.Linear(4, 3)
+        >>> ZeroShot().install(net)
+        >>> net.weight.requires_grad
+        False
+    """
+
+    training: ClassVar[Literal["required", "none", "neutral"]] = "none"
+    modalities: ClassVar[tuple[str, ...]] = ("image-text", "text")
+
+    def install(self, module: nn.Module) -> None:
+        """Freeze everything."""
+        freeze(module)
+
+    def conflict(self, other: ContinualCallback, module: nn.Module) -> str | None:
+        """What trains has nothing to train here."""
+        if other.training == "required":
+            return f"ZeroShot freezes the whole module, and {type(other).__name__} would train nothing"
+        return None
 
 
 class FrozenBackbone(MaskedHead):

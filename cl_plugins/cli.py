@@ -47,8 +47,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return actions[arguments.command](arguments[arguments.command])
     except KeyboardInterrupt:
-        print("cl-bench: stopped; finished tasks are recorded in the run folder", file=sys.stderr)
+        print(
+            "cl-bench: stopped; finished tasks are recorded in the run folder; the same command with --resume goes on",
+            file=sys.stderr,
+        )
         return _INTERRUPTED
+    except SystemExit as stop:
+        if not isinstance(getattr(stop, "text", None), str):
+            raise
+        print(f"cl-bench: {stop}; the same command with --resume goes on", file=sys.stderr)
+        return int(stop.code or 0)
     except (
         ValueError,
         TypeError,

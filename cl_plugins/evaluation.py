@@ -169,6 +169,8 @@ def evaluate_tasks(
 ) -> Row:
     """Accuracy on the test data of tasks 0 to ``upto``; predictions may name any class seen so far.
 
+    On a stream with an ``open_vocabulary`` they may name every class, learned or not.
+
     With several processes each counts its own share of the test data and the counts are added, so the numbers are
     those of one process exactly.
 
@@ -194,7 +196,7 @@ def evaluate_tasks(
     seen = torch.zeros(stream.n_classes, dtype=torch.bool)
     for task in tasks:
         owner[list(task.classes)] = task.index
-        if task.index < learned:
+        if task.index < learned or getattr(stream, "open_vocabulary", False):
             seen[list(task.classes)] = True
     owner, seen = owner.to(device), seen.to(device)
     chosen = [t for t in tasks if t.index < learned or future]

@@ -27,6 +27,9 @@ def parser() -> ArgumentParser:
     parser.add_argument(
         "--data", action="append", metavar="KEY=VALUE", help="an argument of the scenario, such as root=DIR"
     )
+    parser.add_argument("--resume", action="store_true", help="go on with the run in the folder where it was stopped")
+    parser.add_argument("--save-every-steps", type=int | None, default=None, help="save inside tasks, too")
+    parser.add_argument("--save-every-minutes", type=float | None, default=None, help="save inside tasks, too")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
 
@@ -48,6 +51,9 @@ def execute(arguments: Any) -> int:
         options=options,
         data=data,
         progress=not arguments.quiet,
+        resume=arguments.resume,
+        save_every_steps=arguments.save_every_steps,
+        save_every_minutes=arguments.save_every_minutes,
     )
     print(summary_table(result))
     print(f"\nresult  {folder / 'result.json'}\nreport  {folder / 'report.html'}")
