@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import socket
 import subprocess
@@ -93,7 +94,7 @@ def worker(folder: Path, chosen: Sequence[str]) -> None:
             many = {"devices": processes, "strategy": DDPStrategy(process_group_backend="gloo")}
         before = set(place.rglob("*"))
         try:
-            with contextlib.redirect_stdout(None):
+            with contextlib.redirect_stdout(io.StringIO()):
                 outcome: dict[str, Any] = train(teams()[name], place, **many)
         except (ValueError, RuntimeError) as error:
             outcome = {"refused": f"{type(error).__name__}: {error}"}
