@@ -3,8 +3,10 @@
 if __name__ == "callbacks":
     raise ImportError("import cl_plugins.callbacks instead: a second copy under this name would break isinstance")
 
+from cl_plugins.stream_checkpoint import StreamCheckpoint
+
 from .balanced_ema import BalancedEMA
-from .baselines import FrozenBackbone, MaskedHead
+from .baselines import FrozenBackbone, MaskedHead, ZeroShot
 from .cache_features import CacheFeatures
 from .closed_form import NearestMean, RanPAC
 from .dashboard import ForgettingDashboard
@@ -37,5 +39,7 @@ __all__ = [
     "RanPAC",
     "Sherl",
     "SideTuning",
+    "StreamCheckpoint",
     "TaskGroups",
+    "ZeroShot",
 ]

@@ -44,6 +44,8 @@ class LinearAdapters(MaskedHead):
     """
 
     key: ClassVar[str]
+    modalities: ClassVar[tuple[str, ...]] = ("image", "text", "image-text")
+    feature: ClassVar[Literal["untouched", "frozen", "adapted", "side"]] = "adapted"
 
     def __init__(
         self,
@@ -113,6 +115,16 @@ class LinearAdapters(MaskedHead):
         if not isinstance(adapters, AdapterSet):
             raise RuntimeError(f"`{type(self).__name__}` is not installed in this module; call `install(module)` first")
         return adapters
+
+    def conflict(self, other: ContinualCallback, module: nn.Module) -> str | None:
+        """Other adapters on the same layers: each would be trained as if it were alone there."""
+        if not isinstance(other, LinearAdapters):
+            return None
+        mine, theirs = ([s.name for s in find_sites(module, c.targets, qkv_mode=c.qkv_mode)] for c in (self, other))
+        shared = [name for name in mine if name in theirs]
+        if not shared:
+            return None
+        return f"both adapt {len(shared)} layers, {shared[0]!r} first; give them `targets` of their own"
 
     def install(self, module: nn.Module) -> None:
         """Attach adapters to the target layers and freeze everything else but the classifier."""

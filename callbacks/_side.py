@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, ClassVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from .baselines import FrozenBackbone
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
+    from cl_plugins.plugin import ContinualCallback
     from cl_plugins.task import Stream, Task
 
 
@@ -44,6 +45,7 @@ class SideCallback(FrozenBackbone):
     """
 
     plugin: ClassVar[str] = "side"
+    feature: ClassVar[Literal["untouched", "frozen", "adapted", "side"]] = "side"
     regimes: ClassVar[tuple[str, ...]] = get_args(Regime)
 
     def __init__(
@@ -75,6 +77,19 @@ class SideCallback(FrozenBackbone):
 
     def initialize(self, module: nn.Module, loader: Iterable[Any]) -> None:
         """Give a new side network its first weights from the task's data; :func:`~cl_plugins.fit_stream` calls it."""
+
+    def grows(self) -> bool:
+        """Whether each task gets a side network of its own."""
+        return self.regime in ("per_task", "per_task_dense")
+
+    def conflict(self, other: ContinualCallback, module: nn.Module) -> str | None:
+        """A computed classifier, when its sums would mix the features of several side networks."""
+        if other.training != "none" or not self.grows():
+            return None
+        return (
+            f"regime={self.regime!r} gives each task a feature of its own, and the sums of one computed classifier"
+            " cannot hold several; use regime='first_session' or 'shared'"
+        )
 
     # the life of a task
 

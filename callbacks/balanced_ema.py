@@ -74,6 +74,7 @@ class BalancedEMA(ContinualCallback):
     """
 
     training: ClassVar[Literal["required", "none", "neutral"]] = "neutral"
+    needs_steps: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -1,11 +1,11 @@
-"""The two plain baselines: a masked head, and a masked head on a frozen backbone.
+"""The plain baselines: a masked head, a masked head on a frozen backbone, and no training at all.
 
 loss = CE(logits[task's classes], y)        MaskedHead: everything trains; FrozenBackbone: the head alone
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -39,6 +39,8 @@ class MaskedHead(ContinualCallback):
         >>> net.plugins["head_mask"].seen()
         [0, 1]
     """
+
+    modalities: ClassVar[tuple[str, ...]] = ("image",)
 
     def __init__(self, head: str | None = None) -> None:
         super().__init__()
@@ -75,6 +77,32 @@ class MaskedHead(ContinualCallback):
             self._protections.pop().remove()
 
 
+class ZeroShot(ContinualCallback):
+    """Trains nothing: the model as it came, evaluated after every task, for models that classify by text.
+
+    WHEN: freezes the whole module at ``setup``; no ``fit`` takes place.
+
+    Example:
+        >>> net = nn.Linear(4, 3)
+        >>> ZeroShot().install(net)
+        >>> net.weight.requires_grad
+        False
+    """
+
+    training: ClassVar[Literal["required", "none", "neutral"]] = "none"
+    modalities: ClassVar[tuple[str, ...]] = ("image-text", "text")
+
+    def install(self, module: nn.Module) -> None:
+        """Freeze everything."""
+        freeze(module)
+
+    def conflict(self, other: ContinualCallback, module: nn.Module) -> str | None:
+        """What trains has nothing to train here."""
+        if other.training == "required":
+            return f"ZeroShot freezes the whole module, and {type(other).__name__} would train nothing"
+        return None
+
+
 class FrozenBackbone(MaskedHead):
     """Trains the masked classifier alone, on a backbone that stays as it was pretrained.
 
@@ -84,6 +112,8 @@ class FrozenBackbone(MaskedHead):
         backbone: dotted name of the transformer, for modules with several.
         head: dotted name of the classifier, for modules where it cannot be told.
     """
+
+    feature: ClassVar[Literal["untouched", "frozen", "adapted", "side"]] = "frozen"
 
     def __init__(self, backbone: str | None = None, head: str | None = None) -> None:
         super().__init__(head)

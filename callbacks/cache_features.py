@@ -58,6 +58,7 @@ class CacheFeatures(ContinualCallback):
     """
 
     training: ClassVar[Literal["required", "none", "neutral"]] = "neutral"
+    modalities: ClassVar[tuple[str, ...]] = ("image",)
 
     def __init__(
         self,
@@ -81,6 +82,14 @@ class CacheFeatures(ContinualCallback):
         self.views, self.keep_training_data = views, keep_training_data
         self.backbone, self.head = backbone, head
         self._source: CachedStream | None = None
+
+    def conflict(self, other: ContinualCallback, module: nn.Module) -> str | None:
+        """Methods that train something in front of the classifier, and a second cache."""
+        if isinstance(other, CacheFeatures):
+            return "one cache holds all features"
+        if other.feature == "adapted":
+            return f"features change while {type(other).__name__} trains weights inside the backbone"
+        return None
 
     def _find(self, module: nn.Module) -> tuple[Any, nn.Linear]:
         found = find_backbone(module, self.backbone)

@@ -82,6 +82,7 @@ class NearestMean(ContinualCallback):
     """
 
     training: ClassVar[Literal["required", "none", "neutral"]] = "none"
+    modalities: ClassVar[tuple[str, ...]] = ("image",)
     plugin: ClassVar[str] = "nearest_mean"
 
     def __init__(
@@ -155,7 +156,7 @@ class NearestMean(ContinualCallback):
         device = module_device(module)
         closed.to(device)
         features, labels = collect_features(module, self.find(module), loader, device, closed.extend)
-        features, labels = gather_rows(features), gather_rows(labels)
+        features, labels = gather_rows(features, dealt=True), gather_rows(labels, dealt=True)
         largest = int(labels.max())
         if largest >= len(closed.count):
             raise ValueError(f"labels must be rows of the head, 0 to {len(closed.count) - 1}, got {largest}")

@@ -18,7 +18,7 @@ from torch import nn
 
 from cl_plugins.plugin import ContinualCallback, Row, plugins_of
 from cl_plugins.run_writer import RunWriter, check_run_id, encode_event
-from cl_plugins.stream_state import StreamState, row_from_state
+from cl_plugins.stream_state import finished_rows
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -71,7 +71,7 @@ class ForgettingDashboard(ContinualCallback):
         report: file name of the report in the run's folder; None records without a report.
 
     Raises:
-        ValueError: for a ``run_id`` that is no safe folder name.
+        ValueError: for a ``run_id`` that is no safe folder name, or a ``report`` that is no file name.
         RuntimeError: at the start of the stream, when another process is writing the same run.
 
     Example:
@@ -95,6 +95,10 @@ class ForgettingDashboard(ContinualCallback):
         self.path = Path(path)
         self.run_id = run_id if run_id is None else check_run_id(run_id)
         self.meta = dict(meta or {})
+        if report is not None and (not report or Path(report).name != report):
+            raise ValueError(
+                f"`report` must be a file name in the run's folder, got {report!r}; choose the folder with `path`"
+            )
         self._report = report
         self._writer: RunWriter | None = None
         self._before: Row | None = None
@@ -148,8 +152,7 @@ class ForgettingDashboard(ContinualCallback):
         self.run_id = self._writer.run_id
         self._begun, self._rendering, self._before = time.perf_counter(), 0.0, None
         self._told.clear()
-        state = next((c for c in trainer.callbacks if isinstance(c, StreamState)), None)  # type: ignore[attr-defined]
-        rows = [] if state is None else [row_from_state(r) for r in state.state_dict()["rows"]]
+        rows = finished_rows(trainer)
         methods = [type(p).__name__ for p in plugins_of(trainer) if p.training != "neutral"]
         known = {
             "method": " + ".join(methods) or "finetune",

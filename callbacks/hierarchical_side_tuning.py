@@ -23,9 +23,11 @@ from torch import nn
 from cl_plugins.adapters.hierarchical_side import HierarchicalSide
 from cl_plugins.adapters.side_bank import Regime, Routing
 from cl_plugins.backbones import Backbone, find_backbone
+from cl_plugins.plugin import ContinualCallback
 from cl_plugins.taps import SideNetwork, token_layout
 
 from ._side import SideCallback
+from .cache_features import CacheFeatures
 
 
 class LeanHierarchicalSideTuning(SideCallback):
@@ -171,7 +173,17 @@ class HierarchicalSideTuning(LeanHierarchicalSideTuning):
         }
 
     def install(self, module: nn.Module) -> None:
-        """Attach, freeze, and let the norms of the blocks train."""
+        """Attach, freeze, and let the norms of the blocks train.
+
+        Raises:
+            ValueError: for a backbone with gradient checkpointing, which would run the blocks again without registers.
+        """
+        parts = (find_backbone(module, self.backbone).model, *find_backbone(module, self.backbone).model.children())
+        if any(getattr(part, "grad_checkpointing", False) for part in parts):
+            raise ValueError(
+                "`grad_checkpointing` must be off for HierarchicalSideTuning, whose registers the second forward pass"
+                " would miss; call set_grad_checkpointing(False), or use LeanHierarchicalSideTuning"
+            )
         super().install(module)
         self._set_norms(module)
 
@@ -186,6 +198,15 @@ class HierarchicalSideTuning(LeanHierarchicalSideTuning):
             parameter.requires_grad_(trains)
             if not trains:
                 parameter.grad = None
+
+    def conflict(self, other: ContinualCallback, module: nn.Module) -> str | None:
+        """A cache of features, which the registers and norms keep changing."""
+        if isinstance(other, CacheFeatures):
+            return (
+                "features change while HierarchicalSideTuning trains registers and norms inside the backbone;"
+                " LeanHierarchicalSideTuning does without them"
+            )
+        return super().conflict(other, module)
 
     def own_parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """The pyramid's and the registers' parameters, the blocks' norms, the classifier."""

@@ -146,7 +146,7 @@ class LadderSideTuning(SideCallback):
         bank.bypass, bank.taps.frozen = True, False
         try:
             with evaluating(module), torch.enable_grad():
-                samples = islice(_singles(uncached(loader), module_device(module)), self.fisher_samples)
+                samples = islice(_singles(uncached(loader), module), self.fisher_samples)
                 importance = fisher_importance(parameters, lambda batch: _loss(module, batch), samples)
         finally:
             bank.bypass, bank.taps.frozen = False, True
@@ -160,10 +160,10 @@ class LadderSideTuning(SideCallback):
         cast(LadderSide, self.bank(pl_module).active).set_epoch(trainer.current_epoch, max(trainer.max_epochs or 1, 1))
 
 
-def _singles(loader: Iterable[Any], device: torch.device) -> Iterator[Any]:
-    """Batches of one sample."""
+def _singles(loader: Iterable[Any], module: nn.Module) -> Iterator[Any]:
+    """Batches of one sample, as ``module`` takes them."""
     for batch in loader:
-        inputs, labels = split_batch(to_device(batch, device))
+        inputs, labels = split_batch(to_device(batch, module_device(module), module))
         for i in range(len(labels)):
             yield inputs[i : i + 1], labels[i : i + 1]
 

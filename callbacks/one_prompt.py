@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import nn
 
@@ -26,6 +26,7 @@ from cl_plugins.backbones import find_backbone
 from .baselines import FrozenBackbone
 
 if TYPE_CHECKING:
+    from cl_plugins.plugin import ContinualCallback
     from cl_plugins.task import Task
 
 
@@ -56,6 +57,8 @@ class OnePrompt(FrozenBackbone):
         >>> sum(p.numel() for p in net.parameters() if p.requires_grad)  # (2 * 10 + 3 * 40) * 128 + 129 * 10
         19210
     """
+
+    feature: ClassVar[Literal["untouched", "frozen", "adapted", "side"]] = "adapted"
 
     def __init__(
         self,
@@ -100,6 +103,10 @@ class OnePrompt(FrozenBackbone):
                 f"task {task.index} has one class: its cross-entropy is always 0, so it cannot train the prompt",
                 stacklevel=2,
             )
+
+    def conflict(self, other: ContinualCallback, module: nn.Module) -> str | None:
+        """Another callback with this prompt."""
+        return "both own the one prompt; OVOR trains it as OnePrompt does" if isinstance(other, OnePrompt) else None
 
     def adapter_modules(self, module: nn.Module) -> dict[str, nn.Module]:
         """The prefixes that the forward pass must reach."""

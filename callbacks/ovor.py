@@ -141,7 +141,8 @@ class OVOR(OnePrompt):
             Means over the steps, as device scalars; None without samples.
         """
         features, labels = collect_features(module, self.find(module), loader)
-        return self._tune(module, gather_rows(features), gather_rows(labels), optimizer, task, epoch)
+        features, labels = gather_rows(features, dealt=True), gather_rows(labels, dealt=True)
+        return self._tune(module, features, labels, optimizer, task, epoch)
 
     def _tune(
         self, module: nn.Module, features: Tensor, labels: Tensor, optimizer: Optimizer, task: Task, epoch: int
@@ -233,8 +234,8 @@ class OVOR(OnePrompt):
     def _run(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert self._task is not None
         device = module.device
-        features = gather_rows(torch.cat([f.to(device) for f in self._features]))
-        labels = gather_rows(torch.cat([y.to(device) for y in self._labels]))
+        features = gather_rows(torch.cat([f.to(device) for f in self._features]), dealt=True)
+        labels = gather_rows(torch.cat([y.to(device) for y in self._labels]), dealt=True)
         self._forget(module)
         head, epoch = self.find(module), trainer.current_epoch
         optimizer = next(

@@ -106,7 +106,7 @@ class SideTuning(SideCallback):
             for _ in range(self.distill_epochs):
                 for batch in loader:
                     with evaluating(module):
-                        base = feature(module, head, split_batch(to_device(batch, device))[0])
+                        base = feature(module, head, split_batch(to_device(batch, device, module))[0])
                         record = bank.taps.take()
                     optimizer.zero_grad(set_to_none=True)
                     side.distillation_loss(record, base).backward()  # type: ignore[no-untyped-call]

@@ -61,6 +61,7 @@ class TaskGroups(ContinualCallback):
     """
 
     training: ClassVar[Literal["required", "none", "neutral"]] = "neutral"
+    needs_steps: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -79,9 +80,19 @@ class TaskGroups(ContinualCallback):
         self.start = start
         self.weights: list[Weights] = []
         self._chosen = ParameterFilter(include, exclude, plugins)
+        self._filtered = any(f is not None for f in (include, exclude, plugins))
         self._fresh: Weights | None = None
         self._match: Match | None = None
         self._stream: Stream | None = None
+
+    def conflict(self, other: ContinualCallback, module: nn.Module) -> str | None:
+        """Methods that grow, unless the user says which parameters belong to a group."""
+        if self._filtered or not other.grows():
+            return None
+        return (
+            f"{type(other).__name__} adds parameters with each task, which the weights of an earlier group do not have;"
+            " say with `exclude` or `plugins` what belongs to a group"
+        )
 
     def start_task(self, module: nn.Module, task: Task) -> None:
         """Choose the task's group and load its weights."""

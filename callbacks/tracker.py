@@ -10,6 +10,7 @@ import torch
 from cl_plugins.metrics import AccuracyMatrix
 from cl_plugins.plugin import ContinualCallback, Row
 from cl_plugins.result import StreamResult
+from cl_plugins.stream_state import finished_rows
 from cl_plugins.task import Stream
 
 if TYPE_CHECKING:
@@ -47,18 +48,23 @@ class ForgettingTracker(ContinualCallback):
         self.matrix = AccuracyMatrix(
             len(self._result.tasks), learned_at=self._result.learned_at, sync_on_compute=False
         )  # every process holds the counts of all
+        for row in finished_rows(trainer):
+            self._add(row)
 
     def on_row(self, trainer: pl.Trainer, pl_module: pl.LightningModule, row: Row) -> None:
         """Write the row and log the numbers that follow."""
+        self._add(row)
+        if row.after >= 0:
+            for logger in trainer.loggers:
+                logger.log_metrics(self.values(), step=trainer.global_step)
+
+    def _add(self, row: Row) -> None:
         assert self.matrix is not None
         correct = torch.tensor([-1 if c is None else c for c in row.correct])
         total = torch.tensor([-1 if c is None else c for c in row.total])
         self.matrix.update_row(row.after, correct, total)
-        if row.after < 0:
-            return
-        self._result.rows.append(row)
-        for logger in trainer.loggers:
-            logger.log_metrics(self.values(), step=trainer.global_step)
+        if row.after >= 0:
+            self._result.rows.append(row)
 
     def values(self) -> dict[str, float]:
         """The numbers after the latest task, by key; undefined ones are left out."""

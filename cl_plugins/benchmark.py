@@ -6,6 +6,7 @@ import importlib
 import logging
 import platform
 import shutil
+import sys
 import time
 import warnings
 from collections.abc import Mapping
@@ -18,10 +19,14 @@ import pytorch_lightning as pl
 import torch
 import yaml
 
+from cl_plugins.checkpoint_files import checkpoint_files, newest_intact
+from cl_plugins.failures import explained
 from cl_plugins.progress import StreamProgress
 from cl_plugins.recipes import Recipe, load_recipe, with_options
-from cl_plugins.result import StreamResult
+from cl_plugins.result import StreamResult, write_text
 from cl_plugins.runner import fit_stream
+from cl_plugins.stream_state import StreamState, restore_result
+from cl_plugins.task_length import TaskLength
 from cl_plugins.workloads import build_module
 
 
@@ -31,13 +36,25 @@ def build_callbacks(recipe: Recipe) -> list[Any]:
     return [getattr(module, c["class"])(**(c.get("init") or {})) for c in recipe.callbacks]
 
 
-def run_folder(out: str | Path | None, method: str, scenario: str, seed: int) -> Path:
-    """The folder of a run; files of an earlier run in it are moved to ``previous-<n>``, so nothing is lost."""
+def folder_of(out: str | Path | None, method: str, scenario: str, seed: int) -> Path:
+    """The folder of a run: ``out``, or one named after the run below ``runs``."""
     folder = Path(out) if out is not None else Path("runs") / f"{method}_{scenario}_seed{seed}"
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"`out` must be a folder, got the file {str(folder)!r}")
+    return folder
+
+
+def run_folder(out: str | Path | None, method: str, scenario: str, seed: int) -> Path:
+    """The folder of a run; files of an earlier run in it are moved to ``previous-<n>``, so nothing is lost."""
+    folder = folder_of(out, method, scenario, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    ours = ["result.json", "report.html", "config.yaml", *(p.name for p in folder.glob("events.*.jsonl"))]
+    ours = [
+        "result.json",
+        "report.html",
+        "checkpoints",
+        "config.yaml",
+        *(p.name for p in folder.glob("events.*.jsonl")),
+    ]
     old = [folder / name for name in ours if (folder / name).exists()]
     if old:
         number = 1 + sum(1 for _ in folder.glob("previous-*"))
@@ -46,6 +63,36 @@ def run_folder(out: str | Path | None, method: str, scenario: str, seed: int) ->
         for path in old:
             shutil.move(path, previous / path.name)
     return folder
+
+
+def _check_same(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse to go on with other settings than the run in ``folder`` began with."""
+    theirs = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    mine = yaml.safe_load(yaml.safe_dump(dict(config)))
+    if not isinstance(theirs, dict):
+        raise ValueError(f"`resume` must find the settings of a run in {str(folder / 'config.yaml')!r}, got {theirs!r}")
+    flat = [{**c, **{f"recipe.{k}": v for k, v in (c.get("recipe") or {}).items()}} for c in (theirs, mine)]
+    changed = [
+        f"{k} {flat[0].get(k)!r} there, {flat[1].get(k)!r} here"
+        for k in dict.fromkeys([*flat[0], *flat[1]])
+        if k != "recipe" and flat[0].get(k) != flat[1].get(k)
+    ]
+    if changed:
+        raise ValueError(
+            f"`resume` must go on with the same settings as the run in {str(folder)!r}, got {'; '.join(changed)};"
+            " give the same options, or another `out`"
+        )
+
+
+def finished_result(folder: Path, stream: Any) -> StreamResult | None:
+    """The result of a run that has its ``result.json``; None for one that is not finished."""
+    newest = newest_intact(folder / "checkpoints") if (folder / "result.json").exists() else None
+    if newest is None:
+        return None
+    state, _ = StreamState.for_stream(stream).read(newest)
+    result = StreamResult.for_stream(stream)
+    restore_result(result, state)
+    return result
 
 
 def quiet_lightning() -> None:
@@ -69,6 +116,9 @@ def run_benchmark(
     options: Mapping[str, Any] | None = None,
     data: Mapping[str, Any] | None = None,
     progress: bool = True,
+    resume: bool = False,
+    save_every_steps: int | None = None,
+    save_every_minutes: float | None = None,
 ) -> StreamResult:
     """Train and evaluate a method on a scenario and write the run folder.
 
@@ -83,17 +133,25 @@ def run_benchmark(
         options: settings of the recipe or arguments of its callbacks, in place of its own.
         data: arguments of the scenario, such as ``root`` of a data set on disk.
         progress: show a progress bar.
+        resume: go on with the run in the folder where it was stopped, with the same numbers as if it had not been. The
+            settings must be the same; a folder without a run starts one, and a finished run is left as it is.
+        save_every_steps: save inside tasks, too, after so many optimizer steps; task ends are always saved.
+        save_every_minutes: likewise after so many minutes.
 
     Returns:
         The result; ``result.json``, ``report.html``, ``config.yaml`` and the run's events are in the folder.
 
     Raises:
-        ValueError: for an unknown method, scenario or option, naming the nearest known one.
+        ValueError: for an unknown method, scenario or option, naming the nearest known one; for a resume with other
+            settings.
+        RunStopped: when the disk, the memory, a data worker or the numbers fail; it says what is saved.
+        StreamStopped: behind the save on SIGTERM.
     """
     scenarios = importlib.import_module("cl_plugins.scenarios")
     callbacks_module = importlib.import_module("cl_plugins.callbacks")
     recipe = with_options(
-        load_recipe(method, scenario), {**(options or {}), **({} if epochs is None else {"epochs": epochs})}
+        load_recipe(method, scenario),
+        {**(options or {}), **({} if epochs is None else {"epochs": epochs, "epochs_per_task": (), "steps": None})},
     )
     if device not in ("auto", "cpu", "cuda", "mps"):
         raise ValueError(f"`device` must be auto, cpu, cuda or mps, got {device!r}")
@@ -107,32 +165,71 @@ def run_benchmark(
     callbacks = build_callbacks(recipe)
     pl.seed_everything(seed, workers=True, verbose=False)
     module = build_module(recipe, stream)
-    folder = run_folder(out, method, scenario, seed)
     identity = {"method": method, "scenario": scenario, "seed": seed, "order_seed": order_seed}
-    config = {**identity, "device": device, "recipe": {**asdict(recipe), "callbacks": list(recipe.callbacks)}}
-    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    recipe_values = {**asdict(recipe), "callbacks": list(recipe.callbacks)}
+    config = {**identity, "device": device, "data": dict(data or {}), "recipe": recipe_values}
+    folder = folder_of(out, method, scenario, seed)
+    resume = resume and (folder / "config.yaml").exists()
+    if resume:
+        _check_same(folder, config)
+        finished = finished_result(folder, stream)
+        if finished is not None:
+            print(f"finished already: {folder / 'result.json'}", file=sys.stderr)
+            return finished
+    try:
+        if not resume:
+            run_folder(folder, method, scenario, seed)
+            write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+    except OSError as error:
+        raise explained(error, folder / "checkpoints") or error from error
+    saver = callbacks_module.StreamCheckpoint(folder / "checkpoints", save_every_steps, save_every_minutes)
     dashboard = callbacks_module.ForgettingDashboard(folder.parent, run_id=folder.name, meta=config)
     tracker = callbacks_module.ForgettingTracker()
+    lengths = []
+    if recipe.steps is not None or recipe.epochs_per_task:
+        lengths.append(TaskLength(steps=recipe.steps, epochs=recipe.epochs_per_task))
     bar = StreamProgress(f"{method} on {scenario}", enabled=progress)
     trainer = pl.Trainer(
         max_epochs=recipe.epochs,
         accelerator={"auto": "auto", "cuda": "gpu"}.get(device, device),
         devices=1,
-        callbacks=[*callbacks, tracker, dashboard, bar],
+        gradient_clip_val=recipe.gradient_clip or None,
+        callbacks=[*callbacks, *lengths, tracker, dashboard, bar, saver],
         logger=False,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
     )
     started = time.perf_counter()
-    result = fit_stream(trainer, module, stream, seed=seed)
+    open_vocabulary = bool(getattr(stream, "open_vocabulary", False))  # then tasks count before they are learned
+    last = "last" if resume and checkpoint_files(saver.folder) else None
+    try:
+        result = fit_stream(
+            trainer, module, stream, last, seed=seed, evaluate_initial=open_vocabulary, evaluate_future=open_vocabulary
+        )
+    except (RuntimeError, OSError, FloatingPointError, MemoryError) as error:
+        raise explained(error, saver.folder) or error from error
+    _save(result, folder, identity, stream, trainer, recipe, recipe_values, time.perf_counter() - started)
+    return result
+
+
+def _save(
+    result: StreamResult,
+    folder: Path,
+    identity: Mapping[str, Any],
+    stream: Any,
+    trainer: pl.Trainer,
+    recipe: Recipe,
+    recipe_values: Mapping[str, Any],
+    seconds: float,
+) -> None:
+    """Write ``result.json``, whole or not at all."""
     result.save(
         folder,
         **identity,
         class_order=list(stream.class_order),
         epochs=recipe.epochs,
-        wall_seconds=time.perf_counter() - started,
+        wall_seconds=seconds,
         hardware={
             "device": str(trainer.strategy.root_device),
             "processor": platform.processor() or platform.machine(),
@@ -141,12 +238,13 @@ def run_benchmark(
         versions={
             "python": platform.python_version(),
             **{
-                name: version(name) for name in ("torch", "pytorch-lightning", "timm", "cl-plugins") if _installed(name)
+                name: version(name)
+                for name in ("torch", "pytorch-lightning", "timm", "open_clip_torch", "cl-plugins")
+                if _installed(name)
             },
         },
-        recipe=config["recipe"],
+        recipe=recipe_values,
     )
-    return result
 
 
 def _installed(name: str) -> bool:
@@ -157,6 +255,10 @@ def _installed(name: str) -> bool:
 def summary_table(result: StreamResult) -> str:
     """The named numbers and the accuracy matrix, for a terminal."""
     names = {
+        "transfer": "transfer (before learning)",
+        "average": "average (all cells)",
+        "last": "last (last row, all tasks)",
+        "zero_shot": "zero-shot (before any training)",
         "average_accuracy": "average accuracy (last row)",
         "average_incremental_accuracy": "average incremental accuracy",
         "learning_accuracy": "learning accuracy",

@@ -247,7 +247,7 @@ class CachedStream:
         device = module_device(self.module)
         with _plain(self.module), evaluating(self.module), self.context():
             for batch in batches:
-                inputs, labels = split_batch(to_device(batch, device))
+                inputs, labels = split_batch(to_device(batch, device, self.module))
                 self._check_frozen(inputs)
                 base = feature(self.module, self.head, inputs)
                 record = self.taps.take()

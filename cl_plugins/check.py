@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import csv
-import json
+import io
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from cl_plugins._reading import read_json, read_text
 from cl_plugins.compat import match_definitions
 
 
@@ -23,6 +25,19 @@ def _cell(text: str) -> float | None:
         return float(word)
     except ValueError:
         return None
+
+
+def _matrix(rows: list[Any], path: Path) -> Tensor:
+    """The matrix in a ``result.json``, checked cell by cell."""
+    whole = rows and all(isinstance(r, list) and r and len(r) == len(rows[0]) for r in rows)
+    cells = [c for row in rows if isinstance(row, list) for c in row]
+    wrong = [
+        c for c in cells if not (c is None or (isinstance(c, int | float) and not isinstance(c, bool) and 0 <= c <= 1))
+    ]
+    if not whole or wrong:
+        found = f"the cell {wrong[0]!r}" if wrong else "rows that are empty or of different lengths"
+        raise ValueError(f"`accuracy_matrix` in {str(path)!r} must be rows of numbers from 0 to 1 or null, got {found}")
+    return torch.tensor([[math.nan if c is None else c for c in row] for row in rows], dtype=torch.float64)
 
 
 def read_matrix(path: str | Path) -> Tensor:
@@ -42,13 +57,15 @@ def read_matrix(path: str | Path) -> Tensor:
     """
     path = Path(path)
     if path.suffix == ".json":
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         if not isinstance(content, dict) or not isinstance(content.get("accuracy_matrix"), list):
             raise ValueError(f"{str(path)!r} must hold an `accuracy_matrix`, found none")
-        rows = [[math.nan if c is None else float(c) for c in row] for row in content["accuracy_matrix"]]
-        return torch.tensor(rows, dtype=torch.float64)
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        lines = [line for line in csv.reader(file) if any(cell.strip() for cell in line)]
+        return _matrix(content["accuracy_matrix"], path)
+    try:
+        parsed = list(csv.reader(io.StringIO(read_text(path), newline="")))
+    except csv.Error as error:
+        raise ValueError(f"{str(path)!r} must be a CSV file, got {error}") from None
+    lines = [line for line in parsed if any(cell.strip() for cell in line)]
     if lines and all(_cell(c) is None for c in lines[0] if c.strip()):
         lines = lines[1:]  # names of the tasks
     if lines and all(_cell(line[0]) is None for line in lines):

@@ -39,12 +39,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words and not words[0].startswith("-") and words[0] not in actions:
         print(f"cl-bench: unknown command {words[0]!r}{did_you_mean(words[0], actions)}", file=sys.stderr)
         return _MISUSED
-    arguments = parser.parse_args(words)
+    try:
+        arguments = parser.parse_args(words)
+    except UnicodeError as error:  # a configuration file, or a word, that is no text
+        print(f"cl-bench: options and configuration files must be UTF-8 text: {error}", file=sys.stderr)
+        return _MISUSED
     try:
         return actions[arguments.command](arguments[arguments.command])
     except KeyboardInterrupt:
-        print("cl-bench: stopped; finished tasks are recorded in the run folder", file=sys.stderr)
+        print(
+            "cl-bench: stopped; finished tasks are recorded in the run folder; the same command with --resume goes on",
+            file=sys.stderr,
+        )
         return _INTERRUPTED
+    except SystemExit as stop:
+        if not isinstance(getattr(stop, "text", None), str):
+            raise
+        print(f"cl-bench: {stop}; the same command with --resume goes on", file=sys.stderr)
+        return int(stop.code or 0)
     except (
         ValueError,
         TypeError,

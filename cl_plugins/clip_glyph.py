@@ -16,6 +16,8 @@ from cl_plugins.backbones import WEIGHTS
 
 CONTEXT_LENGTH = 14
 """Positions of a text: its words, a start and an end."""
+HELD_OUT = 300
+"""The first so many of the streams' characters are new to the model, images and names."""
 
 
 @lru_cache(maxsize=1)

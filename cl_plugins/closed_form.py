@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cl_plugins.exact_buffers import ExactBuffers
 from cl_plugins.heads import HIDDEN_LOGIT
 
 
@@ -27,7 +28,7 @@ class Extension(Protocol):
         """``(batch, dim)`` to ``(batch, dim + width)``."""
 
 
-class ClosedFormHead(nn.Module):
+class ClosedFormHead(ExactBuffers):
     """Replaces a classifier's logits in eval mode by those computed from sums; a forward hook on the classifier.
 
     Args:

@@ -75,15 +75,32 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             m.training = training
 
 
-def to_device(batch: Any, device: torch.device) -> Any:
-    """A batch with its tensors on ``device``; tuples, lists and dicts are followed."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, dict):
-        return {k: to_device(v, device) for k, v in batch.items()}
-    if isinstance(batch, tuple | list):
-        return type(batch)(to_device(v, device) for v in batch)
-    return batch
+def to_device(batch: Any, device: torch.device, like: nn.Module | None = None) -> Any:
+    """A batch with its tensors on ``device``; tuples, lists and dicts are followed.
+
+    Args:
+        batch: what a loader gave.
+        device: where to put it.
+        like: floating-point tensors also take the dtype of this module's weights, as Lightning's "bf16-true" does.
+    """
+    dtype = None if like is None else next((p.dtype for p in like.parameters() if p.is_floating_point()), None)
+
+    def move(item: Any) -> Any:
+        if isinstance(item, Tensor):
+            wanted = dtype if item.is_floating_point() else None
+            return item.to(device, wanted or item.dtype, non_blocking=True)
+        if isinstance(item, dict):
+            return {k: move(v) for k, v in item.items()}
+        if isinstance(item, tuple | list):
+            return type(item)(move(v) for v in item)
+        return item
+
+    return move(batch)
+
+
+def _as_lightning(trainer: pl.Trainer, batch: Any) -> Any:
+    """A batch as the Trainer's loops hand it over: in its precision, moved by the module's own transfer hooks."""
+    return trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
 
 
 def count_task(
@@ -152,6 +169,8 @@ def evaluate_tasks(
 ) -> Row:
     """Accuracy on the test data of tasks 0 to ``upto``; predictions may name any class seen so far.
 
+    On a stream with an ``open_vocabulary`` they may name every class, learned or not.
+
     With several processes each counts its own share of the test data and the counts are added, so the numbers are
     those of one process exactly.
 
@@ -177,16 +196,16 @@ def evaluate_tasks(
     seen = torch.zeros(stream.n_classes, dtype=torch.bool)
     for task in tasks:
         owner[list(task.classes)] = task.index
-        if task.index < learned:
+        if task.index < learned or getattr(stream, "open_vocabulary", False):
             seen[list(task.classes)] = True
     owner, seen = owner.to(device), seen.to(device)
     chosen = [t for t in tasks if t.index < learned or future]
     precision: AbstractContextManager[Any] = nullcontext()
-    move: Callable[[Any], Any] = partial(to_device, device=device)
+    move: Callable[[Any], Any] = partial(to_device, device=device, like=module)
     if trainer is not None:
         precision = trainer.precision_plugin.forward_context()
         if trainer.strategy.lightning_module is module:
-            move = trainer.strategy.batch_to_device  # runs the module's own transfer hooks
+            move = partial(_as_lightning, trainer)
     counts = torch.zeros(n, 3 + n, dtype=torch.int64, device=device)
     with evaluating(module), precision:
         for task in chosen:

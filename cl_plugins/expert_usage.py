@@ -11,6 +11,7 @@ from torch import nn
 from cl_plugins.adapters.rank_experts import ExpertUsage, RankExperts
 from cl_plugins.evaluation import Predict, default_predict, evaluating, to_device
 from cl_plugins.plugin import module_device
+from cl_plugins.vision_language import TextClassifier
 
 Usage = dict[str, dict[str, Any]]
 """Per layer: ``mass`` (share of the softmax mass per growth), ``empty`` (share of tokens that no expert answers at the
@@ -21,6 +22,8 @@ def expert_usage(
     module: nn.Module, banks: Mapping[str, RankExperts], batches: Iterable[Any], predict: Predict = default_predict
 ) -> Usage:
     """Run ``batches`` through the model in eval mode and read what the banks did; one read per bank at the end.
+
+    A text tower sees the texts of all classes, once, whatever the batches.
 
     Args:
         module: the model; its modes are restored.
@@ -33,9 +36,12 @@ def expert_usage(
     try:
         for bank in grown.values():
             bank.usage = ExpertUsage(bank)
+        for m in module.modules():
+            if isinstance(m, TextClassifier):
+                m.forget()  # kept texts would not pass through the text tower's banks
         with evaluating(module):
             for batch in batches:
-                predict(module, to_device(batch, device))
+                predict(module, to_device(batch, device, module))
         return {name: bank.usage.read() for name, bank in grown.items() if bank.usage is not None}
     finally:
         for bank in grown.values():

@@ -106,7 +106,7 @@ def collect_features(
     features, labels = [], []
     with evaluating(module):
         for batch in loader:
-            inputs, target = split_batch(to_device(batch, device))
+            inputs, target = split_batch(to_device(batch, device, module))
             found = feature(module, head, inputs)
             features.append((found if transform is None else transform(found)).float())
             labels.append(target)

@@ -87,11 +87,13 @@ class FeatureTap(nn.Module):
         self._handle.remove()
 
 
-def gather_rows(rows: Tensor) -> Tensor:
-    """The rows of all processes in order of rank, the same on each; a single process gets its own back.
+def gather_rows(rows: Tensor, dealt: bool = False) -> Tensor:
+    """The rows of all processes, the same on each; a single process gets its own back.
 
     Args:
         rows: ``(rows, ...)``; the number of rows may differ between processes.
+        dealt: the samples were dealt out in turn, as a ``DistributedSampler`` does, and come back in the order in which
+            one process would have seen them; otherwise in order of rank.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return rows
@@ -102,7 +104,10 @@ def gather_rows(rows: Tensor) -> Tensor:
     widest = pad(rows, (0, 0) * (rows.ndim - 1) + (0, max(counts) - len(rows))).contiguous()
     parts = [torch.empty_like(widest) for _ in counts]
     dist.all_gather(parts, widest)
-    return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
+    if not dealt:
+        return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
+    real = torch.arange(len(widest), device=rows.device)[:, None] < torch.tensor(counts, device=rows.device)
+    return torch.stack(parts, 1)[real]
 
 
 def outlier_batches(outliers: OutlierSet, n_batches: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cl_plugins._lightning import Callback
 from cl_plugins.attach import CallCheck
+from cl_plugins.composition import check_composition
 from cl_plugins.task import Stream, Task
 
 if TYPE_CHECKING:
@@ -55,6 +56,15 @@ class ContinualCallback(Callback):
 
     training: ClassVar[Literal["required", "none", "neutral"]] = "required"
     """Whether the method needs gradient steps ("required"), replaces them ("none") or only watches ("neutral")."""
+    modalities: ClassVar[tuple[str, ...]] = ("image", "text", "image-text")
+    """What a stream's samples may be, see :attr:`cl_plugins.scenarios.TaskStream.modality`."""
+
+    feature: ClassVar[Literal["untouched", "frozen", "adapted", "side"]] = "untouched"
+    """What the method does to the feature in front of the classifier: leaves it to others, keeps it as pretrained and
+    trains the classifier alone, trains weights inside the backbone, or replaces it by that of a side network."""
+
+    needs_steps: ClassVar[bool] = False
+    """Whether a stream without any training step leaves this callback nothing to do."""
 
     def __init__(self) -> None:
         self._task: Task | None = None
@@ -83,6 +93,17 @@ class ContinualCallback(Callback):
     def own_parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """Parameters that this method means to train; each must be in an optimizer."""
         return {f"{n}.{k}": p for n, m in self.adapter_modules(module).items() for k, p in m.named_parameters()}
+
+    def grows(self) -> bool:
+        """Whether new tasks add parameters, or give those there another shape."""
+        return False
+
+    def conflict(self, other: ContinualCallback, module: nn.Module) -> str | None:
+        """Why ``other`` cannot stand beside this callback on ``module``; None when nothing is known against it.
+
+        Both callbacks of a pair are asked. What follows from :attr:`feature` and :attr:`training` need not be repeated.
+        """
+        return None
 
     def report_events(self, module: nn.Module) -> list[dict[str, Any]]:
         """Series and matrices of this method for the run store, asked for after each task."""
@@ -113,6 +134,9 @@ class ContinualCallback(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Install the structure in every stage, so that checkpoints load strictly; idempotent."""
+        plugins = plugins_of(trainer)
+        if plugins and plugins[0] is self:
+            check_composition(plugins, pl_module)
         self.install(pl_module)
         stream: Any = getattr(trainer, "datamodule", None)
         if stage == "fit" and self._task is None and isinstance(getattr(stream, "task", None), int):

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from cl_plugins.plugin import ContinualCallback, Row
 from cl_plugins.result import StreamResult
+from cl_plugins.stream_state import finished_rows
 from cl_plugins.task import Stream, Task
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class StreamProgress(ContinualCallback):
     def on_stream_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stream: Stream) -> None:
         """Open the bar."""
         self._result = StreamResult.for_stream(stream)
+        self._result.rows.extend(row for row in finished_rows(trainer) if row.after >= 0)
         self._n_tasks = len(stream.tasks)
         if not self.enabled or trainer.global_rank != 0:
             return

@@ -21,18 +21,31 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write ``value`` so that a reader sees the old file or the whole new one, never a part."""
+_DOMAIN_SCORES = {
+    "transfer": "per task the mean accuracy before it was learned, then the mean over tasks after the first",
+    "average": "mean of all cells of the matrix, those before learning included",
+    "last": "mean over all tasks of the last row",
+    "zero_shot": "mean over tasks after the first of the accuracy before any training, in none of the others",
+}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old one or the whole new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(value, indent=1, allow_nan=False) + "\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write ``value`` as JSON by :func:`write_text`."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def _number(value: Tensor | float) -> float | None:
@@ -135,9 +148,29 @@ class StreamResult:
         """Time spent evaluating."""
         return sum(row.seconds for row in self.rows)
 
+    @property
+    def domain_scores(self) -> dict[str, float]:
+        """Transfer, Average and Last of a stream with an open vocabulary (X-TAIL, MTIL), and its zero-shot accuracy.
+
+        From the choice among the task's own classes where the stream evaluates with the task known. NaN where a cell
+        is missing; empty for other streams. :meth:`to_dict` says what each of them is.
+        """
+        if not self.stream.get("open_vocabulary"):
+            return {}
+        known = bool(self.stream.get("task_known"))
+        matrix = self.accuracy_matrix_task_known if known else self.accuracy_matrix
+        scores = {k: float(v) for k, v in functional.mtil_scores(matrix, learned_at=self.learned_at).items()}
+        if self.initial is not None:
+            before = StreamResult(self.tasks, [self.initial])
+            row = before.accuracy_matrix_task_known if known else before.accuracy_matrix
+            learned_at = self.learned_at or list(range(len(self.tasks)))
+            scores["zero_shot"] = float(row[0, torch.tensor(learned_at) > 0].mean())
+        return scores
+
     def metrics(self) -> dict[str, float | None]:
         """The named numbers; None where a number is undefined."""
         return {
+            **{name: _number(value) for name, value in self.domain_scores.items()},
             "average_accuracy": _number(self.average_accuracy),
             "average_incremental_accuracy": _number(self.average_incremental_accuracy),
             "learning_accuracy": _number(self.learning_accuracy),
@@ -162,6 +195,7 @@ class StreamResult:
         return {
             **self.metrics(),
             "definitions": {
+                **{name: _DOMAIN_SCORES[name] for name in self.domain_scores},
                 "average_accuracy": "mean over tasks of the last row",
                 "average_incremental_accuracy": "mean over rows of the mean over tasks seen so far",
                 "learning_accuracy": "mean over tasks of the accuracy right after learning the task",

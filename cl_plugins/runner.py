@@ -15,7 +15,7 @@ import signal
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,10 +23,13 @@ import torch
 from torch import Tensor
 
 from cl_plugins._lightning import Callback
+from cl_plugins.checkpoint_files import checkpoint_files, damage, newest_intact
+from cl_plugins.composition import check_composition
 from cl_plugins.evaluation import Predict, default_predict, evaluate_tasks
 from cl_plugins.plugin import ContinualCallback, Row, plugins_of
 from cl_plugins.result import StreamResult
-from cl_plugins.stream_state import StreamState, row_from_state
+from cl_plugins.stream_checkpoint import KIND, StreamCheckpoint, StreamStopped, restore_between
+from cl_plugins.stream_state import StreamState, restore_result
 from cl_plugins.task import Stream, check_tasks
 
 if TYPE_CHECKING:
@@ -38,6 +41,7 @@ _EXPECTED_WARNINGS = (  # said once per task, about what is meant to be so
     r".*module\(s\) in eval mode at the start of training.*",
     r".*Checkpoint directory .* exists and is not empty.*",
 )
+_SHARDED = ("FSDP", "DeepSpeed", "ModelParallel", "XLAFSDP")
 _RESET_BETWEEN_TASKS = ("EarlyStopping", "ModelCheckpoint")
 
 
@@ -62,11 +66,16 @@ class _LossGuard(Callback):
             self._bad = bad if self._bad is None else self._bad | bad
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self.raise_if_not_finite(trainer)
+
+    def raise_if_not_finite(self, trainer: Any) -> None:
+        """Raise when a loss since the last call was NaN or infinite; also asked for before each checkpoint."""
         bad, self._bad = self._bad, None
         if bad is not None and bool(bad):
             raise FloatingPointError(
                 f"the training loss must stay finite, got NaN or infinity in epoch {trainer.current_epoch} of this"
-                " task; lower the learning rate or clip the gradients; finished tasks are recorded"
+                " task; lower the learning rate or clip the gradients; finished tasks are recorded, and no checkpoint"
+                " was written with these weights"
             )
 
 
@@ -82,6 +91,12 @@ def _refuse(trainer: pl.Trainer, stream: Stream) -> None:
         raise ValueError(
             "`reload_dataloaders_every_n_epochs` must be 0, since the stream gives each task its own loader,"
             f" got {reload_every!r}"
+        )
+    kind = type(trainer.strategy).__name__
+    if kind.startswith(_SHARDED):
+        raise ValueError(
+            f"`strategy` must leave whole weights on each process, got {kind}, which keeps shards of them when a fit"
+            " ends: between tasks classifiers are masked, adapters grow and old tasks are evaluated; use strategy='ddp'"
         )
     launcher = getattr(trainer.strategy, "launcher", None)
     if launcher is not None and type(launcher).__name__.startswith("_MultiProcessing"):
@@ -119,6 +134,7 @@ def start_task(trainer: pl.Trainer, module: pl.LightningModule, stream: Stream, 
         index: the task.
         seed: for what plugins draw when they grow.
     """
+    check_composition(plugins_of(trainer), module)
     stream.task = index
     trainer.fit_loop.epoch_progress.reset()  # without it a second fit does nothing, silently
     with task_seed(seed, index):
@@ -149,9 +165,26 @@ def end_task(
     return row
 
 
+@contextmanager
+def _tell_failures(trainer: pl.Trainer, module: pl.LightningModule, plugins: list[ContinualCallback]) -> Iterator[None]:
+    """Let the plugins close what they opened when growing or evaluating fails; inside ``fit`` Lightning does it."""
+    try:
+        yield
+    except BaseException as error:
+        if not trainer.interrupted:
+            for plugin in plugins:
+                plugin.on_exception(trainer, module, error)
+        raise
+
+
 def _needs_fit(plugins: list[ContinualCallback]) -> bool:
     kinds = {p.training for p in plugins}
     return "required" in kinds or "none" not in kinds
+
+
+def _checkpoints(trainer: pl.Trainer) -> list[StreamCheckpoint]:
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return [c for c in callbacks if isinstance(c, StreamCheckpoint)]
 
 
 def find_checkpoint(trainer: pl.Trainer, ckpt_path: str | Path) -> Path:
@@ -164,7 +197,14 @@ def find_checkpoint(trainer: pl.Trainer, ckpt_path: str | Path) -> Path:
         path = Path(ckpt_path)
         if not path.is_file():
             raise FileNotFoundError(f"`ckpt_path` must be a checkpoint file or 'last', got {str(ckpt_path)!r}")
+        wrong = damage(path) if path in checkpoint_files(path.parent) else None
+        if wrong is not None:
+            raise ValueError(f"`ckpt_path` must be a whole checkpoint, got {str(path)!r}: {wrong}; use 'last'")
         return path
+    for saver in _checkpoints(trainer):
+        newest = newest_intact(saver.folder)
+        if newest is not None:
+            return newest
     given = [getattr(c, "dirpath", None) for c in trainer.checkpoint_callbacks]
     folders = {Path(d) for d in given if d}
     folders = folders or {Path(trainer.default_root_dir)}
@@ -172,7 +212,7 @@ def find_checkpoint(trainer: pl.Trainer, ckpt_path: str | Path) -> Path:
     if not found:
         raise FileNotFoundError(
             f"`ckpt_path='last'` found no .ckpt file in {', '.join(sorted(map(str, folders)))};"
-            " give the Trainer a ModelCheckpoint with `save_last=True`, or leave `ckpt_path` out to start anew"
+            " give the Trainer a StreamCheckpoint, or leave `ckpt_path` out to start anew"
         )
     return max(found, key=lambda p: p.stat().st_mtime_ns)
 
@@ -186,12 +226,24 @@ def _fit(trainer: pl.Trainer, module: pl.LightningModule, stream: Stream, index:
         try:
             # Lightning types the two packages' data modules apart
             trainer.fit(module, datamodule=cast("Any", stream), ckpt_path=None if resume is None else str(resume))
+        except StreamStopped:
+            raise
         except SystemExit:
             if not trainer.interrupted:
                 raise
             signal.signal(signal.SIGINT, on_interrupt)  # Lightning leaves the signal ignored
+    _same_buffers(trainer, module)
     if trainer.interrupted:
         raise KeyboardInterrupt(f"training was stopped in task {index}; finished tasks are recorded")
+
+
+def _same_buffers(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Give every process rank 0's buffers: each one's last batch left batch statistics of its own."""
+    if trainer.world_size > 1 and torch.distributed.is_initialized():
+        for buffer in module.buffers():
+            on_device = buffer.to(trainer.strategy.root_device).contiguous()  # the fit's end moved it to the CPU
+            torch.distributed.broadcast(on_device, 0)
+            buffer.copy_(on_device)
 
 
 def fit_stream(
@@ -226,8 +278,10 @@ def fit_stream(
     Raises:
         ValueError: for settings that cannot work with a stream, and for faulty streams, before any training.
         FloatingPointError: when the loss becomes NaN or infinite.
+        StreamStopped: behind the save on SIGTERM, with a :class:`~cl_plugins.callbacks.StreamCheckpoint`.
     """
     _refuse(trainer, stream)
+    check_composition(plugins_of(trainer), module)
     if predict is default_predict:
         predict = getattr(stream, "predict", default_predict)
     state = next((c for c in trainer.callbacks if isinstance(c, StreamState)), None)  # type: ignore[attr-defined]
@@ -235,39 +289,51 @@ def fit_stream(
         state = StreamState()
         trainer.callbacks.insert(0, state)  # type: ignore[attr-defined]
     if not any(isinstance(c, _LossGuard) for c in trainer.callbacks):  # type: ignore[attr-defined]
-        trainer.callbacks.append(_LossGuard())  # type: ignore[attr-defined]
+        trainer.callbacks.insert(0, _LossGuard())  # type: ignore[attr-defined]  # before what saves
     result = StreamResult.for_stream(stream)
     state.begin(stream, result)
-    first, resume = 0, None
+    first, resume, spent, between = 0, None, 0.0, None
     if ckpt_path is not None:
         resume = find_checkpoint(trainer, ckpt_path)
-        saved = state.read(resume)
-        first = saved["task"]
-        result.rows[:] = [row_from_state(r) for r in saved["rows"]]
-        result.initial = None if saved["initial"] is None else row_from_state(saved["initial"])
-        result.train_seconds[:] = saved["train_seconds"]
-    plugins = plugins_of(trainer)
-    for plugin in plugins:
-        plugin.on_stream_start(trainer, module, stream)
-    if evaluate_initial and resume is None:
-        result.initial = evaluate_tasks(module, stream, -1, trainer=trainer, predict=predict)
+        saved, checkpoint = state.read(resume)
+        first, spent = saved["task"], saved.get("spent", 0.0)
+        restore_result(result, saved)
+        between = checkpoint if KIND in checkpoint else None
+        del checkpoint
+    plugins, savers = plugins_of(trainer), _checkpoints(trainer)
+    with ExitStack() as stack:
+        for saver in savers:
+            stack.enter_context(saver.watch())
+        stack.enter_context(_tell_failures(trainer, module, plugins))
         for plugin in plugins:
-            plugin.on_row(trainer, module, result.initial)
-    initial = _initial_states(trainer)
-    for index in range(first, len(stream.tasks)):
-        _restore_states(trainer, initial)
-        state.task = index
-        started = time.perf_counter()
-        start_task(trainer, module, stream, index, seed)
-        result.trainable_parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
-        if _needs_fit(plugins):
-            _fit(trainer, module, stream, index, resume)
-        elif resume is not None:
-            state.load_weights(module, resume)
-        resume = None
-        row = end_task(trainer, module, stream, index, future=evaluate_future, predict=predict)
-        result.train_seconds.append(time.perf_counter() - started - row.seconds)
-        result.rows.append(row)
-    for plugin in plugins:
-        plugin.on_stream_end(trainer, module, result)
+            plugin.on_stream_start(trainer, module, stream)
+        if evaluate_initial and resume is None:
+            result.initial = evaluate_tasks(module, stream, -1, trainer=trainer, predict=predict)
+            for plugin in plugins:
+                plugin.on_row(trainer, module, result.initial)
+        initial = _initial_states(trainer)
+        if between is not None:
+            restore_between(trainer, module, stream, between, plugins)
+            state.restore_random_states()
+            resume = between = None
+        for index in range(first, len(stream.tasks)):
+            _restore_states(trainer, initial)
+            state.task = index
+            started = state.started = time.perf_counter() - spent
+            spent = 0.0
+            start_task(trainer, module, stream, index, seed)
+            result.trainable_parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
+            if _needs_fit(plugins):
+                _fit(trainer, module, stream, index, resume)
+            elif resume is not None:
+                state.load_weights(module, resume)
+            resume = None
+            row = end_task(trainer, module, stream, index, future=evaluate_future, predict=predict)
+            result.train_seconds.append(time.perf_counter() - started - row.seconds)
+            result.rows.append(row)
+            state.task, state.started = index + 1, None
+            for saver in savers:
+                saver.save_between(trainer, module, stream, index + 1)
+        for plugin in plugins:
+            plugin.on_stream_end(trainer, module, result)
     return result

@@ -15,15 +15,16 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from cl_plugins._text import did_you_mean
+from cl_plugins.exact_buffers import ExactBuffers
 
 Metric = Literal["mahalanobis", "cosine"]
 
 
-class TaskRouter(nn.Module):
+class TaskRouter(ExactBuffers):
     """Sums over frozen features, and the probability of each task that follows from them.
 
     Args:

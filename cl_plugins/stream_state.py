@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_plugins._lightning import Callback
+from cl_plugins._reading import load_tensors
 from cl_plugins.plugin import Row
 from cl_plugins.result import StreamResult
 from cl_plugins.task import Stream
@@ -40,6 +42,14 @@ def row_from_state(state: dict[str, Any]) -> Row:
     )
 
 
+def restore_result(result: StreamResult, state: dict[str, Any]) -> None:
+    """Put the rows and times of a saved state into an empty result."""
+    result.rows[:] = [row_from_state(r) for r in state["rows"]]
+    result.initial = None if state["initial"] is None else row_from_state(state["initial"])
+    result.train_seconds[:] = state["train_seconds"]
+    result.trainable_parameters = state.get("trainable_parameters", 0)
+
+
 def random_states() -> dict[str, Any]:
     """States of torch's, NumPy's and Python's global generators as tensors and plain values."""
     version, internal, gauss = random.getstate()
@@ -65,6 +75,13 @@ def set_random_states(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(states["cuda"])
 
 
+def finished_rows(trainer: pl.Trainer) -> list[Row]:
+    """The rows that a resumed stream begins with; none in a stream that starts anew."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    state = next((c for c in callbacks if isinstance(c, StreamState)), None)
+    return [] if state is None else [row_from_state(r) for r in state.state_dict()["rows"]]
+
+
 class StreamState(Callback):
     """Puts the position in the stream, the finished rows and the random states into every checkpoint.
 
@@ -73,9 +90,18 @@ class StreamState(Callback):
 
     def __init__(self) -> None:
         self.task = 0
+        self.started: float | None = None
+        """When the task under way began, by ``time.perf_counter``; None between tasks."""
         self._result: StreamResult | None = None
         self._identity: dict[str, Any] = {}
         self._pending: dict[str, Any] | None = None
+
+    @classmethod
+    def for_stream(cls, stream: Stream) -> StreamState:
+        """One that reads checkpoints of ``stream``."""
+        state = cls()
+        state.begin(stream, StreamResult.for_stream(stream))
+        return state
 
     @property
     def state_key(self) -> str:
@@ -96,6 +122,8 @@ class StreamState(Callback):
             "rows": [] if result is None else [row_to_state(r) for r in result.rows],
             "initial": None if result is None or result.initial is None else row_to_state(result.initial),
             "train_seconds": [] if result is None else list(result.train_seconds),
+            "trainable_parameters": 0 if result is None else result.trainable_parameters,
+            "spent": 0.0 if self.started is None else time.perf_counter() - self.started,
             "random": random_states(),
         }
 
@@ -105,31 +133,55 @@ class StreamState(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go on with the random numbers where the checkpoint stopped."""
+        self.restore_random_states()
+
+    def restore_random_states(self) -> None:
+        """Go on with the loaded random numbers now, not when training starts."""
         if self._pending is not None:
             set_random_states(self._pending)
             self._pending = None
 
-    def read(self, path: Path) -> dict[str, Any]:
-        """The saved state in a checkpoint, checked against the stream.
+    def read(self, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The saved state in a checkpoint, checked against the stream, and the whole checkpoint.
 
         Raises:
             ValueError: when the file is no stream checkpoint or one of another stream.
         """
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        state: dict[str, Any] | None = checkpoint.get("callbacks", {}).get(KEY)
+        checkpoint = load_tensors(path)
+        callbacks = checkpoint.get("callbacks") if isinstance(checkpoint, dict) else None
+        state: dict[str, Any] | None = callbacks.get(KEY) if isinstance(callbacks, dict) else None
         if state is None:
             raise ValueError(
                 f"`ckpt_path` must be a checkpoint written by fit_stream, got {str(path)!r} without a stream"
             )
+        _check_state(state, path)
         if state["stream"] != self._identity:
             raise ValueError(
                 f"`ckpt_path` must belong to this stream, got {str(path)!r} of {state['stream'].get('name')!r} with"
                 f" {len(state['stream'].get('tasks', []))} tasks; use the same scenario, class order and seeds"
             )
-        return state
+        return state, checkpoint
 
     @staticmethod
     def load_weights(module: nn.Module, path: Path) -> None:
         """Strictly load the weights alone, for methods without a training phase."""
-        weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        weights: dict[str, Tensor] = load_tensors(path)["state_dict"]
         module.load_state_dict(weights)
+
+
+def _check_state(state: Any, path: Path) -> None:
+    """Raise a ValueError when a part of the saved state is missing or of another kind."""
+    kinds = {"task": int, "stream": dict, "rows": list, "train_seconds": list, "random": dict}
+    wrong = [k for k, kind in kinds.items() if not isinstance(state, dict) or not isinstance(state.get(k), kind)]
+    if not wrong:
+        initial = state.get("initial")
+        try:
+            for row in [*state["rows"], *([] if initial is None else [initial])]:
+                row_from_state(row)
+        except (KeyError, TypeError):
+            wrong = ["rows"]
+    if wrong:
+        raise ValueError(
+            f"{str(path)!r} must hold the whole state of a stream, got one with a damaged `{wrong[0]}`; go on from an"
+            " earlier checkpoint"
+        )

@@ -117,10 +117,23 @@ class TextClassifier(nn.Module):
             raise ValueError(f"`class_names` must cover class {outside[0]}, got {len(self.tokens)} names")
         if task.classes != self.classes:
             self.seen = tuple(dict.fromkeys(self.seen + self.classes))
-            self.classes = task.classes
-            self.current = self.tokens[list(task.classes)]
-            self.row = torch.full_like(self.row, -1)
-            self.row[list(task.classes)] = torch.arange(len(task.classes), device=self.row.device)
+            self._set_classes(task.classes)
+        self.forget()
+
+    def _set_classes(self, classes: tuple[int, ...]) -> None:
+        self.classes = classes
+        self.current = self.tokens[list(classes)]
+        self.row = torch.full_like(self.row, -1)
+        self.row[list(classes)] = torch.arange(len(classes), device=self.row.device)
+
+    def get_extra_state(self) -> dict[str, list[int]]:
+        """Classes of the current task and of those before: the loss depends on their number after a resume, too."""
+        return {"classes": list(self.classes), "seen": list(self.seen)}
+
+    def set_extra_state(self, state: dict[str, list[int]]) -> None:
+        """Go on where the state was taken."""
+        self.seen = tuple(state["seen"])
+        self._set_classes(tuple(state["classes"]))
         self.forget()
 
     def forget(self) -> None:

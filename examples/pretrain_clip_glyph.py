@@ -22,10 +22,8 @@ from torch.nn.functional import cross_entropy, normalize
 from tqdm import tqdm
 
 from cl_plugins.backbones import VIT_GLYPH, create_backbone
-from cl_plugins.clip_glyph import CONTEXT_LENGTH, NameTokenizer
+from cl_plugins.clip_glyph import CONTEXT_LENGTH, HELD_OUT, NameTokenizer
 from cl_plugins.scenarios.glyphs import FACES, TEST_FACES, Stencils, glyph_classes, glyph_name, render, stream_classes
-
-HELD_OUT = 300
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--steps", type=int, default=2400)

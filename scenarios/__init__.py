@@ -11,12 +11,15 @@ from .domains import DomainIncremental
 from .from_data import stream_from
 from .instructions import InstructionStream
 from .labels import find_labels
+from .multi_domain import MTIL, XTAIL
 from .references import Cumulative, Joint
 from .registry import build_scenario, data_names, load_data, scenario_info, scenario_names
 from .stream import TaskStream
 from .stream_data import StreamData
 
 __all__ = [
+    "MTIL",
+    "XTAIL",
     "BatchSource",
     "Blurry",
     "ClassIncremental",

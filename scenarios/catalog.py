@@ -136,13 +136,31 @@ _GLYPH_STREAMS = (
     ),
 )
 SCENARIOS += _GLYPH_STREAMS
+_BLOCKS = "8 tasks x 20 classes; 2,560 training, 640 validation and 1,600 test images"
 SCENARIOS += (
+    ScenarioInfo(
+        "xtail-glyphs",
+        "Unicode blocks as domains with names as class texts, classified among the names of all blocks",
+        "glyph_blocks:xtail_glyphs",
+        {},
+        _BLOCKS,
+        modality="image-text",
+    ),
+    ScenarioInfo(
+        "mtil-glyphs",
+        "xtail-glyphs, classified among the names of the image's own block",
+        "glyph_blocks:mtil_glyphs",
+        {},
+        _BLOCKS,
+        modality="image-text",
+    ),
     ScenarioInfo(
         "instructions",
         "six text tasks made from rules, in several wordings, scored by exact match",
         "instructions:InstructionStream",
         {},
         "6 tasks x 500 training and 100 test prompts",
+        modality="text",
     ),
 )
 

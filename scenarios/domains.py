@@ -117,7 +117,7 @@ class DomainIncremental(TaskStream):
             check_seed("seed", seed)
             order_seed = seed if order_seed is None and domain_order is None else order_seed
             data_seed = seed if data_seed is None else data_seed
-        order = _order(len(domains), domain_order, order_seed)
+        order = learning_order(len(domains), domain_order, order_seed)
         given = [as_stream_data(domains[i], None, root, False) for i in order]
         texts = [names[i] if names is not None else given[k].name for k, i in enumerate(order)]
         found = _label_all(given, labels)
@@ -147,7 +147,8 @@ class DomainIncremental(TaskStream):
         self.domain_order = tuple(order)
 
 
-def _order(n: int, domain_order: Sequence[int] | None, order_seed: int | None) -> list[int]:
+def learning_order(n: int, domain_order: Sequence[int] | None, order_seed: int | None) -> list[int]:
+    """Positions of the domains in the order in which they are learned: as given, or drawn."""
     if domain_order is None:
         if order_seed is None:
             return list(range(n))

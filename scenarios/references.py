@@ -52,6 +52,14 @@ def _settings(stream: TaskStream, kind: str) -> dict[str, Any]:
     }
 
 
+def _keep_texts(stream: TaskStream, original: TaskStream) -> None:
+    """What a stream of texts, or of images and texts, says of its classes and answers."""
+    stream.n_classes = original.n_classes
+    for name in ("modality", "task_known", "open_vocabulary", "class_names", "class_texts", "predict", "tokenizer"):
+        if hasattr(original, name):
+            setattr(stream, name, getattr(original, name))
+
+
 def _as_stream(stream: TaskStream | str) -> TaskStream:
     built = build_scenario(stream) if isinstance(stream, str) else stream
     if not isinstance(built, TaskStream):
@@ -79,6 +87,7 @@ class Joint(TaskStream):
 
     def __init__(self, stream: TaskStream | str) -> None:
         original = _as_stream(stream)
+        self._present = original._present  # type: ignore[method-assign]
         texts = {c: t for task in original.tasks for c, t in zip(task.classes, task.class_names, strict=False)}
         names = tuple(texts[c] for c in original.class_order) if len(texts) == len(original.class_order) else ()
         super().__init__(
@@ -88,6 +97,7 @@ class Joint(TaskStream):
             None if original.validation is None else _merged(original.validation),
             **_settings(original, "joint"),
         )
+        _keep_texts(self, original)
 
     def learned_after(self, task: int) -> int:
         """All of them."""
@@ -113,6 +123,7 @@ class Cumulative(TaskStream):
 
     def __init__(self, stream: TaskStream | str) -> None:
         original = _as_stream(stream)
+        self._present = original._present  # type: ignore[method-assign]
         so_far: dict[int, str] = {}
         tasks = []
         for task in original.tasks:
@@ -128,3 +139,4 @@ class Cumulative(TaskStream):
             shared_classes=True,
             **_settings(original, "cumulative"),
         )
+        _keep_texts(self, original)

@@ -79,6 +79,8 @@ class TaskStream(LightningDataModule):
     """What a sample is: "image", "text", or "image-text" where classes have names to tell them by."""
     task_known: bool = False
     """Whether this stream's accuracy is that of a choice among the task's own classes."""
+    open_vocabulary: bool = False
+    """Whether predictions may name classes before they are learned, as they can where classes have texts."""
 
     def __init__(
         self,
@@ -280,6 +282,7 @@ class TaskStream(LightningDataModule):
             "class_order": list(self.class_order),
             "seeds": dict(self.seeds),
             "task_known": self.task_known,
+            "open_vocabulary": self.open_vocabulary,
             "single_pass": self.single_pass,
             "sizes": {k: [] if s is None else s.sizes() for k, s in splits.items()},
             "classes_without_test": list(self.classes_without_test),

@@ -28,6 +28,7 @@ class StreamData:
         eval_transform: for the inputs everywhere else, likewise.
         n_tasks: number of tasks when nobody says otherwise.
         name: short, lower case.
+        template: text of a class with ``{}`` for its name, for streams of images and texts; empty for their default.
         found: labels of the training, test and validation data when they are known already; -1 leaves a sample out, so
             that several of them may share one source.
     """
@@ -41,6 +42,7 @@ class StreamData:
     eval_transform: Transform | None = None
     n_tasks: int | None = None
     name: str = ""
+    template: str = ""
     found: tuple[FoundLabels, FoundLabels, FoundLabels | None] | None = None
 
 

@@ -83,3 +83,13 @@ def test_wheel_holds_one_top_level_name_and_editable_installs_work(tmp_path):
         (own,) = environment.glob("lib/python*/site-packages")
         (own / "parent.pth").write_text(sysconfig.get_path("purelib"))  # the dependencies, not installed again
         subprocess.run([python, "-c", code], check=True, capture_output=True, cwd=tmp_path)
+
+
+def test_the_command_line_answers_without_torch():
+    code = (
+        "import sys\nfrom cl_plugins.cli import build_parser\nbuild_parser()\n"
+        "assert not {'torch', 'pytorch_lightning'} & set(sys.modules)\n"
+        "import cl_plugins\nassert cl_plugins.fit_stream.__name__ in dir(cl_plugins)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -112,25 +112,60 @@ def read_adapters(path: str | Path, method: str) -> tuple[dict[str, Any], dict[s
     Raises:
         ValueError: for a file of something else.
     """
-    with safe_open(str(path), framework="pt") as file:
-        metadata = file.metadata() or {}
-        if "cl_plugins" not in metadata:
-            raise ValueError(
-                f"`path` must be a file written by `export_adapters`, got {str(path)!r} without its header"
-            )
-        header = json.loads(metadata["cl_plugins"])
-        if header["method"] != method or header["format"] > FORMAT:
-            raise ValueError(
-                f"`path` must hold adapters of {method!r} in format {FORMAT} or older, got {header['method']!r}"
-                f" in format {header['format']}"
-            )
-        states: dict[str, dict[str, Tensor]] = {name: {} for name in header["sites"]}
-        for key in file.keys():  # noqa: SIM118  it is no mapping
-            name = max((n for n in states if key.startswith(f"{n}.")), key=len)
-            states[name][key.removeprefix(f"{name}.")] = file.get_tensor(key)
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it is no mapping
+    except (SafetensorError, ValueError, OverflowError) as error:
+        raise ValueError(f"`path` must be a whole safetensors file, got {str(path)!r}: {error}") from error
+    if "cl_plugins" not in metadata:
+        raise ValueError(f"`path` must be a file written by `export_adapters`, got {str(path)!r} without its header")
+    header = _header(metadata["cl_plugins"], path)
+    if header["method"] != method or header["format"] > FORMAT:
+        raise ValueError(
+            f"`path` must hold adapters of {method!r} in format {FORMAT} or older, got {header['method']!r}"
+            f" in format {header['format']}"
+        )
+    states: dict[str, dict[str, Tensor]] = {name: {} for name in header["sites"]}
+    for key, tensor in tensors.items():
+        name = max((n for n in states if key.startswith(f"{n}.")), key=len, default=None)
+        if name is None:
+            raise ValueError(f"`path` must name the layer of each tensor, got {key!r} in {str(path)!r} without one")
+        states[name][key.removeprefix(f"{name}.")] = tensor
     for name, value in header["extra"].items():
         states[name][_EXTRA] = torch.tensor(value, dtype=torch.int64)
     return header, states
+
+
+def _integers(value: Any) -> bool:
+    """Whether a JSON value is a whole number of 64 bits, or lists of such of one shape."""
+    if isinstance(value, list):
+        lengths = {len(v) if isinstance(v, list) else -1 for v in value}
+        return len(lengths) <= 1 and all(map(_integers, value))
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63
+
+
+def _header(text: str, path: str | Path) -> dict[str, Any]:
+    """The header of an adapter file.
+
+    Raises:
+        ValueError: when a part of it is missing or of another kind.
+    """
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError):
+        header = None
+    kinds = {"format": int, "method": str, "settings": dict, "sites": list, "extra": dict}
+    wrong = [k for k, kind in kinds.items() if not isinstance(header, dict) or not isinstance(header.get(k), kind)]
+    if not wrong:
+        assert isinstance(header, dict)
+        sites, extra = header["sites"], header["extra"]
+        wrong += [] if all(isinstance(s, str) for s in sites) else ["sites"]
+        wrong += [] if all(name in sites and _integers(v) for name, v in extra.items()) else ["extra"]
+    if wrong:
+        raise ValueError(f"`path` must have a whole header, got {str(path)!r} with a faulty `{wrong[0]}` in it")
+    checked: dict[str, Any] = header
+    return checked
 
 
 def _endings(names: Sequence[str]) -> dict[str, str]:

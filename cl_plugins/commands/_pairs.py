@@ -9,6 +9,8 @@ import yaml
 
 def pair(text: str) -> tuple[str, Any]:
     """Key and value of ``KEY=VALUE``; the value is read as YAML."""
+    if not isinstance(text, str):
+        raise ValueError(f"`--set` must be KEY=VALUE, got {text!r}")
     key, separator, value = text.partition("=")
     if not separator or not key:
         raise ValueError(f"`--set` must be KEY=VALUE, got {text!r}")
@@ -19,3 +21,14 @@ def pair(text: str) -> tuple[str, Any]:
         except ValueError:
             return key, parsed
     return key, parsed
+
+
+def pairs(texts: Any, flag: str) -> dict[str, Any]:
+    """Keys and values of a repeated option; a configuration file may give anything.
+
+    Raises:
+        ValueError: for what is no list of ``KEY=VALUE``.
+    """
+    if texts is not None and not isinstance(texts, list):
+        raise ValueError(f"`{flag}` must be a list of KEY=VALUE, got {texts!r}")
+    return dict(pair(text) for text in texts or [])

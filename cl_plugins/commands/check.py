@@ -6,7 +6,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from cl_plugins.commands._pairs import pair
+from cl_plugins.commands._pairs import pairs
 
 HELP = "which definition a published number follows"
 
@@ -25,8 +25,7 @@ def execute(arguments: Any) -> int:
     from cl_plugins.check import check_report, read_matrix
 
     values: dict[str, float] = {}
-    for text in arguments.value or []:
-        name, value = pair(text)
+    for name, value in pairs(arguments.value, "--value").items():
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise ValueError(f"`--value {name}` must be a number, got {value!r}")
         values[name] = float(value)

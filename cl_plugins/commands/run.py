@@ -7,7 +7,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from cl_plugins.commands._pairs import pair
+from cl_plugins.commands._pairs import pairs
 
 HELP = "train a method on a scenario"
 
@@ -16,17 +16,20 @@ def parser() -> ArgumentParser:
     """Options of the command."""
     parser = ArgumentParser(description="Train a method on a scenario; writes result.json and report.html.")
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
-    parser.add_argument("--method", required=True, help="a method of `cl-bench list`")
-    parser.add_argument("--scenario", required=True, help="a scenario of `cl-bench list`")
+    parser.add_argument("--method", type=str, required=True, help="a method of `cl-bench list`")
+    parser.add_argument("--scenario", type=str, required=True, help="a scenario of `cl-bench list`")
     parser.add_argument("--seed", type=int, default=0, help="of initialization and data order")
     parser.add_argument("--order-seed", type=int | None, default=None, help="shuffles the classes over the tasks")
     parser.add_argument("--epochs", type=int | None, default=None, help="per task, in place of the recipe's")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--out", type=str | None, default=None, help="run folder; runs/<method>_<scenario>_seed<seed>")
     parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="a setting of the recipe or its callbacks")
     parser.add_argument(
         "--data", action="append", metavar="KEY=VALUE", help="an argument of the scenario, such as root=DIR"
     )
+    parser.add_argument("--resume", action="store_true", help="go on with the run in the folder where it was stopped")
+    parser.add_argument("--save-every-steps", type=int | None, default=None, help="save inside tasks, too")
+    parser.add_argument("--save-every-minutes", type=float | None, default=None, help="save inside tasks, too")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
 
@@ -35,8 +38,7 @@ def execute(arguments: Any) -> int:
     """Run the command; returns the exit status."""
     from cl_plugins.benchmark import run_benchmark, summary_table
 
-    options = dict(pair(text) for text in arguments.set or [])
-    data = dict(pair(text) for text in arguments.data or [])
+    options, data = pairs(arguments.set, "--set"), pairs(arguments.data, "--data")
     folder = Path(arguments.out or Path("runs") / f"{arguments.method}_{arguments.scenario}_seed{arguments.seed}")
     result = run_benchmark(
         arguments.method,
@@ -49,6 +51,9 @@ def execute(arguments: Any) -> int:
         options=options,
         data=data,
         progress=not arguments.quiet,
+        resume=arguments.resume,
+        save_every_steps=arguments.save_every_steps,
+        save_every_minutes=arguments.save_every_minutes,
     )
     print(summary_table(result))
     print(f"\nresult  {folder / 'result.json'}\nreport  {folder / 'report.html'}")

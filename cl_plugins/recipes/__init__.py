@@ -29,11 +29,16 @@ class Recipe:
         backbone: a timm model's name.
         pretrained: start from pretrained weights.
         epochs: per task.
+        epochs_per_task: one number per task, in place of ``epochs``; empty for ``epochs`` everywhere.
+        steps: gradient steps per task, in place of ``epochs``; None for epochs.
         batch_size: training samples per step.
         optimizer: "adam", "adamw" or "sgd".
         lr: base learning rate.
         weight_decay: of the optimizer.
-        schedule: "constant", "cosine" (to 0 over a task, per epoch) or "ovor" (CODA-Prompt's and OVOR's).
+        betas: of Adam and AdamW.
+        gradient_clip: largest norm of the gradients; 0 for no limit.
+        schedule: "constant", "cosine" (to 0 over a task, per epoch, or per step where ``steps`` is set) or "ovor"
+            (CODA-Prompt's and OVOR's).
         joint: train on all tasks at once, as an upper bound.
         source: where the settings come from.
     """
@@ -44,10 +49,14 @@ class Recipe:
     backbone: str = "vit_glyph"
     pretrained: bool = True
     epochs: int = 5
+    epochs_per_task: tuple[int, ...] = ()
+    steps: int | None = None
     batch_size: int = 64
     optimizer: str = "adam"
     lr: float = 1e-3
     weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    gradient_clip: float = 0.0
     schedule: str = "constant"
     joint: bool = False
     source: str = ""
@@ -64,6 +73,20 @@ class Recipe:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` must be a whole number of 1 or more, got {value!r}")
+        lengths = [*self.epochs_per_task, *([] if self.steps is None else [self.steps])]
+        if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in lengths):
+            raise ValueError(
+                "`epochs_per_task` and `steps` must be whole numbers of 1 or more,"
+                f" got {self.epochs_per_task!r} and {self.steps!r}"
+            )
+        if self.steps is not None and self.epochs_per_task:
+            raise ValueError(
+                "`steps` must be None when `epochs_per_task` is given; one of them says how long a task is"
+            )
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"`betas` must be two numbers in [0, 1), got {self.betas!r}")
+        if not self.gradient_clip >= 0:
+            raise ValueError(f"`gradient_clip` must be 0 or more, got {self.gradient_clip!r}")
         if not isinstance(self.lr, int | float) or not self.lr > 0:
             raise ValueError(f"`lr` must be a number above 0, got {self.lr!r}; write 1.0e-3, not 1e-3, in YAML")
 
@@ -92,7 +115,9 @@ def load_recipe(method: str, scenario: str | None = None) -> Recipe:
     content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     overrides = content.pop("scenarios", {}) or {}
     content = {**content, **(overrides.get(scenario) or {})}
-    content["callbacks"] = tuple(content.get("callbacks") or ())
+    for name in ("callbacks", "epochs_per_task", "betas"):
+        if name in content:
+            content[name] = tuple(content[name] or ())
     return Recipe(method=method, **content)
 
 

@@ -5,6 +5,7 @@ A stream says what its samples are by ``modality``: "image" where it says nothin
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from cl_plugins.backbones import create_backbone
@@ -14,19 +15,46 @@ from cl_plugins.workloads.image import ImageClassifier
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
-__all__ = ["ImageClassifier", "build_module"]
+__all__ = ["ImageClassifier", "build_module", "unfit"]
 
 
 def build_module(recipe: Recipe, stream: Any) -> pl.LightningModule:
     """The module that a recipe trains on a stream.
 
     Raises:
-        ValueError: for a stream whose samples no module here takes.
+        ValueError: for a stream whose samples no module here takes, or that the method cannot work on.
     """
     modality = getattr(stream, "modality", "image")
+    reason = unfit(recipe, modality)
+    if reason is not None:
+        raise ValueError(
+            f"`method` must work on {modality} data, which {stream.name!r} is made of, got {recipe.method!r}: {reason}"
+        )
+    if modality == "image-text":
+        from cl_plugins.workloads.vision_language import build_vision_language
+
+        return build_vision_language(recipe, stream)
     if modality == "image":
         return ImageClassifier(create_backbone(recipe.backbone, stream.n_classes, recipe.pretrained), recipe)
-    raise ValueError(
-        f"`scenario` must be a stream of images for cl-bench, got {stream.name!r}, a stream of {modality}s;"
-        " train a causal language model on it with fit_stream"
-    )
+    if modality == "text":
+        from cl_plugins.workloads.language import build_language
+
+        return build_language(recipe, stream)
+    raise ValueError(f"`modality` of a stream must be image, image-text or text, got {modality!r} of {stream.name!r}")
+
+
+_REASONS = {
+    "image": "it needs the texts of the classes",
+    "text": "it acts on a classifier, and the model here generates text",
+    "image-text": "it acts on a linear classifier behind an image backbone, and the model here classifies by texts",
+}
+
+
+def unfit(recipe: Recipe, modality: str) -> str | None:
+    """Why a recipe cannot work on streams of a modality; None when it can."""
+    callbacks = importlib.import_module("cl_plugins.callbacks")
+    for name in (entry["class"] for entry in recipe.callbacks):
+        fits: tuple[str, ...] = getattr(callbacks, name).modalities
+        if modality not in fits:
+            return f"{name} works on {' and '.join(fits)} data alone, because {_REASONS[modality]}"
+    return None

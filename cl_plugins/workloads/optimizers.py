@@ -22,8 +22,13 @@ def configure_optimizers(module: pl.LightningModule, recipe: Recipe) -> Any:
     options: dict[str, Any] = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
     if recipe.optimizer == "sgd":
         options["momentum"] = 0.9
+    else:
+        options["betas"] = recipe.betas
     optimizer = classes[recipe.optimizer](module.parameters(), **options)
     epochs = module.trainer.max_epochs or 1
+    if recipe.schedule == "cosine" and recipe.steps is not None:
+        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.steps)
+        return [optimizer], [{"scheduler": cosine, "interval": "step"}]
     if recipe.schedule == "cosine":
         return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)]
     if recipe.schedule == "ovor" and epochs > 1:

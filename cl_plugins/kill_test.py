@@ -1,0 +1,290 @@
+"""The kill test: ``kill -9`` at many moments of a small stream, resume, and compare with the uninterrupted run.
+
+    python -m cl_plugins.kill_test --methods ovor mora --kills 20 --out kills.json
+
+One process imports everything and forks a child for each start, so a start costs no imports. A child runs what
+``cl-bench run --resume`` runs. Every second kill is aimed, at the moments of :data:`AIMS`; the others come at a random
+time. Compared are weights and buffers (bit for bit), the states of all callbacks, the counts of the accuracy matrix and
+the rows of the run store, which must hold each row once. Needs ``fork``: Linux or macOS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cl_plugins import checkpoint_files, runner
+from cl_plugins.benchmark import run_benchmark
+from cl_plugins.recipes import recipe_names
+from cl_plugins.result import write_json, write_text
+from cl_plugins.run_writer import event_files
+from cl_plugins.runs import read_run
+
+AIMS = ("inside a batch", "while saving", "between tasks", "while growing", "while evaluating", "while reporting")
+"""What the aimed kills hit."""
+
+_SETTINGS: dict[str, Any] = {
+    "scenario": "split-digits",
+    "epochs": 2,
+    "device": "cpu",
+    "data": {"validation_fraction": 0.9},  # 28 training samples a task
+    "options": {"batch_size": 8},
+    "progress": False,
+    "save_every_steps": 2,
+}
+
+
+@dataclass
+class Outcome:
+    """What the kill test found for one method.
+
+    Attributes:
+        method: the recipe.
+        kills: processes that were killed, by moment; ``"at random"`` for those without an aim.
+        starts: processes in all, the uninterrupted one included.
+        seconds: of the uninterrupted run.
+        differences: what was not as in the uninterrupted run; empty is what it should be.
+    """
+
+    method: str
+    kills: dict[str, int] = field(default_factory=dict)
+    starts: int = 0
+    seconds: float = 0.0
+    differences: list[str] = field(default_factory=list)
+
+
+def _kill_at(owner: Any, name: str, count: int, wanted: Callable[..., bool] = lambda *a: True) -> None:
+    """Let this process kill itself at the ``count``-th call of a function."""
+    before, calls = getattr(owner, name), [0]
+
+    def killing(*arguments: Any, **options: Any) -> Any:
+        calls[0] += wanted(*arguments)
+        if calls[0] == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return before(*arguments, **options)
+
+    setattr(owner, name, killing)
+
+
+def aim(moment: str, count: int) -> None:
+    """Arm this process to die at a moment of :data:`AIMS`, the ``count``-th time it comes.
+
+    Raises:
+        ValueError: for an unknown moment.
+    """
+    tracker = importlib.import_module("cl_plugins.callbacks").ForgettingTracker
+    if moment == "inside a batch":
+        _kill_at(tracker, "on_before_backward", count)
+    elif moment == "while saving":  # three calls a save: file written, checksum written, renamed
+        _kill_at(checkpoint_files, "_sync", count)
+    elif moment == "between tasks":
+        _kill_at(tracker, "on_row", (count + 1) // 2)
+    elif moment == "while growing":  # the method has grown, observers have not been told
+        _kill_at(tracker, "on_task_start", (count + 2) // 3)
+    elif moment == "while evaluating":
+        _kill_at(runner, "evaluate_tasks", (count + 1) // 2)
+    elif moment == "while reporting":
+        write = Path.write_text
+
+        def half(path: Path, text: str, *arguments: Any, **options: Any) -> int:
+            if "report" not in path.name:
+                return write(path, text, *arguments, **options)
+            write(path, text[: len(text) // 2], *arguments, **options)
+            os.kill(os.getpid(), signal.SIGKILL)
+            return 0
+
+        Path.write_text = half  # type: ignore[assignment]
+    else:
+        raise ValueError(f"`moment` must be one of {', '.join(AIMS)}, got {moment!r}")
+
+
+def _start(method: str, folder: Path, moment: str | None = None, count: int = 1) -> int:
+    """Fork a process that starts or resumes the run; its id."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        log = os.open(folder.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        if moment is not None:
+            aim(moment, count)
+        run_benchmark(method, out=folder, resume=True, **_SETTINGS)
+        status = 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _wait(child: int, seconds: float | None = None) -> int:
+    """Wait for a process, or kill it after some seconds; its exit status, negative for a signal."""
+    deadline = None if seconds is None else time.monotonic() + seconds
+    while deadline is not None:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() >= deadline:
+            os.kill(child, signal.SIGKILL)
+            deadline = None
+        else:
+            time.sleep(0.005)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}").items()}
+    if isinstance(value, list | tuple):
+        return {k: v for n, item in enumerate(value) for k, v in _flat(item, f"{prefix}.{n}").items()}
+    return {prefix: value}
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
+    return bool(a == b) or (a != a and b != b)
+
+
+_TIMES = ("seconds", "spent")
+
+
+def differences(folder: Path, expected: Path) -> list[str]:
+    """What of a finished run is not as in another; times of the clock aside."""
+    found = []
+    newest = [checkpoint_files.newest_intact(f / "checkpoints") for f in (folder, expected)]
+    if None in newest:
+        return ["a run has no checkpoint"]
+    loaded = [torch.load(str(p), weights_only=True) for p in newest]
+    for part in ("state_dict", "callbacks", "global_step"):
+        ours, theirs = (_flat(c[part], part) for c in loaded)
+        for key in dict.fromkeys([*ours, *theirs]):
+            if any(word in key for word in _TIMES):
+                continue
+            if key not in ours or key not in theirs or not _equal(ours[key], theirs[key]):
+                found.append(f"{key} differs")
+    results = [json.loads((f / "result.json").read_text(encoding="utf-8")) for f in (folder, expected)]
+    for key in ("correct", "total", "accuracy_matrix", "task_confusion", "trainable_parameters", "learned_at"):
+        if results[0][key] != results[1][key]:
+            found.append(f"{key} of result.json differs")
+    runs = [read_run(f) for f in (folder, expected)]
+    if runs[0].correct.tolist() != runs[1].correct.tolist() or runs[0].total.tolist() != runs[1].total.tolist():
+        found.append("rows of the run store differ")
+    if runs[0].ended != "finished" or runs[0].problems:
+        found.append(f"the run store says {runs[0].ended!r}, {runs[0].problems!r}")
+    for _, _, path in event_files(folder):
+        rows = [e["after"] for e in map(json.loads, path.read_text().splitlines()) if e["kind"] == "row"]
+        if len(rows) != len(set(rows)):
+            found.append(f"{path.name} holds a row twice")
+    if not (folder / "report.html").read_text(encoding="utf-8").rstrip().endswith("</html>"):
+        found.append("report.html is not whole")
+    left = [p.name for p in (*folder.rglob("*.tmp"), *folder.glob("previous-*"))]
+    return found + ([f"left behind: {', '.join(left)}"] if any("ckpt" in name for name in left) else [])
+
+
+def kill_method(method: str, kills: int, root: Path, seed: int = 0, per_run: int = 10) -> Outcome:
+    """Kill runs of a method ``kills`` times in all and compare each finished one with the uninterrupted run.
+
+    Args:
+        method: a recipe.
+        kills: how many processes to kill.
+        root: where runs are written; removed when all is equal.
+        seed: of the moments.
+        per_run: most kills of one run.
+    """
+    outcome, chance = Outcome(method), random.Random(f"{method} {seed}")
+    expected = root / f"{method}-whole"
+    started = time.monotonic()
+    status = _wait(_start(method, expected))
+    outcome.seconds, outcome.starts = time.monotonic() - started, 1
+    if status != 0:
+        outcome.differences.append(f"the uninterrupted run ended with {status}")
+        return outcome
+    done, number = 0, 0
+    while done < kills and number < 3 * kills and not outcome.differences:
+        folder, number = root / f"{method}-{number}", number + 1
+        finished, here = False, 0
+        while not finished:
+            last = here >= per_run or done >= kills
+            aimed = not last and done % 2 == 0
+            moment = chance.choice(AIMS) if aimed else None
+            limit = None if last or aimed else chance.uniform(0.0, outcome.seconds)
+            status = _wait(_start(method, folder, moment, chance.randint(1, 6)), limit)
+            outcome.starts += 1
+            finished = status == 0
+            if status == -signal.SIGKILL:
+                name = moment or "at random"
+                outcome.kills[name] = outcome.kills.get(name, 0) + 1
+                done, here = done + 1, here + 1
+            elif status != 0:
+                tail = folder.with_suffix(".log").read_text(encoding="utf-8", errors="replace").splitlines()[-1:]
+                outcome.differences.append(f"a start ended with {status}: {' '.join(tail)}")
+                return outcome
+        outcome.differences += [f"run {number - 1}: {text}" for text in differences(folder, expected)][:20]
+        if not outcome.differences:
+            shutil.rmtree(folder)
+    if not outcome.differences:
+        shutil.rmtree(expected)
+    return outcome
+
+
+def markdown(outcomes: Sequence[Outcome]) -> str:
+    """The outcomes as a table."""
+    lines = ["| method | kills | " + " | ".join((*AIMS, "at random")) + " | starts | differences |"]
+    lines.append("|---" * (len(AIMS) + 5) + "|")
+    for o in outcomes:
+        cells = [str(o.kills.get(m, 0)) for m in (*AIMS, "at random")]
+        found = "; ".join(o.differences[:3]) or "none"
+        lines.append(f"| {o.method} | {sum(o.kills.values())} | {' | '.join(cells)} | {o.starts} | {found} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; status 1 when anything differs."""
+    parser = argparse.ArgumentParser(description="Kill runs, resume them, compare with the uninterrupted run.")
+    parser.add_argument("--methods", nargs="+", default=recipe_names(), help="recipes; all when left out")
+    parser.add_argument("--kills", type=int, default=20, help="per method")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--out", type=Path, default=Path("kills.json"), help="JSON; a table goes beside it as .md")
+    parser.add_argument("--scenario", default=_SETTINGS["scenario"], help="a scenario of `cl-bench list`")
+    arguments = parser.parse_args(argv)
+    _SETTINGS["scenario"] = arguments.scenario
+    torch.set_num_threads(1)
+    importlib.import_module("cl_plugins.callbacks")  # before the first fork
+    outcomes = []
+    root = Path(tempfile.mkdtemp(prefix="kill-test-"))
+    for method in arguments.methods:
+        outcomes.append(kill_method(method, arguments.kills, root, arguments.seed))
+        print(markdown(outcomes[-1:]).splitlines()[-1], flush=True)
+        write_json(arguments.out, {"settings": _SETTINGS, "outcomes": [asdict(o) for o in outcomes]})
+        write_text(arguments.out.with_suffix(".md"), markdown(outcomes))
+    if any(o.differences for o in outcomes):
+        print(f"runs that differ are in {root}")
+        return 1
+    shutil.rmtree(root)
+    return 0
+
+
+__all__ = ["AIMS", "Outcome", "aim", "differences", "kill_method", "main", "markdown"]
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,201 @@
+"""Runs of ``cl-bench`` that were stopped, by a signal, by the machine or by their own numbers, go on."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from cl_plugins.benchmark import run_benchmark
+from cl_plugins.checkpoint_files import checkpoint_files, publish
+from cl_plugins.cli import main
+from cl_plugins.failures import RunStopped, explained, what_happened
+from cl_plugins.runs import read_run
+
+SMALL = {
+    "epochs": 1,
+    "device": "cpu",
+    "data": {"validation_fraction": 0.9},
+    "options": {"batch_size": 8},
+    "progress": False,
+}
+
+
+def _run(folder, method="finetune", **options):
+    return run_benchmark(method, "split-digits", out=folder, **{**SMALL, **options})
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return _run(folder), folder
+
+
+def _same(folder, whole):
+    result, expected = (json.loads((f / "result.json").read_text()) for f in (folder, whole[1]))
+    for key in ("correct", "total", "accuracy_matrix", "task_confusion", "trainable_parameters", "recipe", "stream"):
+        assert result[key] == expected[key], key
+    a, b = read_run(folder), read_run(whole[1])
+    assert a.correct.tolist() == b.correct.tolist()
+    assert a.ended == "finished"
+    weights = [torch.load(checkpoint_files(f / "checkpoints")[-1], weights_only=True) for f in (folder, whole[1])]
+    for name, value in weights[0]["state_dict"].items():
+        assert torch.equal(value, weights[1]["state_dict"][name]), name
+
+
+def _fail_at(monkeypatch, step, error):
+    """The workload's own training step fails, as a real one would."""
+    from cl_plugins.workloads.image import ImageClassifier
+
+    before = ImageClassifier.training_step
+
+    def training_step(self, batch, batch_idx):
+        loss = before(self, batch, batch_idx)
+        return error(loss) if self.trainer.global_step == step else loss
+
+    monkeypatch.setattr(ImageClassifier, "training_step", training_step)
+
+
+def _raise(error):
+    def failing(loss):
+        raise error
+
+    return failing
+
+
+def _huge(loss):
+    return loss + torch.empty(1 << 55).sum()  # no machine has it: torch's own message
+
+
+FAILURES = {
+    "memory": (_huge, "the memory was not enough"),
+    "disk": (_raise(OSError(errno.ENOSPC, "No space left on device")), "the disk is full"),
+    "worker": (_raise(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")), "that loads data died"),
+    "nan": (lambda loss: loss * float("nan"), "the loss is not finite"),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(FAILURES))
+def test_a_failure_says_what_is_saved_and_the_next_start_goes_on(tmp_path, whole, monkeypatch, kind):
+    error, text = FAILURES[kind]
+    _fail_at(monkeypatch, 6, error)
+    with pytest.raises(RunStopped) as caught:
+        _run(tmp_path / "run", save_every_steps=1)
+    said = str(caught.value)
+    assert text in said
+    assert "saved up to stream-000006-task-1-step-6.ckpt" in said
+    assert ("--resume" in said) == (kind != "nan")
+    monkeypatch.undo()
+    _run(tmp_path / "run", resume=True)
+    _same(tmp_path / "run", whole)
+
+
+def test_resume_starts_what_has_not_begun_and_leaves_what_is_finished(tmp_path, whole, capsys):
+    _run(tmp_path / "run", resume=True)
+    _same(tmp_path / "run", whole)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    again = _run(tmp_path / "run", resume=True)
+    assert "finished already" in capsys.readouterr().err
+    assert again.correct.tolist() == whole[0].correct.tolist()
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+
+
+def test_other_settings_are_refused_by_name(tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"method": "finetune", "seed": 3}))
+    with pytest.raises(ValueError, match=r"`resume` must go on with the same settings.*seed 3 there, 0 here"):
+        _run(tmp_path, resume=True)
+    (tmp_path / "config.yaml").write_text("text")
+    with pytest.raises(ValueError, match="`resume` must find the settings of a run"):
+        _run(tmp_path, resume=True)
+
+
+def test_without_resume_an_earlier_run_and_its_checkpoints_are_kept_aside(tmp_path, whole):
+    publish(tmp_path / "run" / "checkpoints", 0, 1, lambda p: p.write_text("old"))
+    _run(tmp_path / "run")
+    assert (tmp_path / "run" / "previous-1" / "checkpoints").is_dir()
+    _same(tmp_path / "run", whole)
+
+
+def test_an_output_that_is_a_file_inside_is_named_on_the_command_line(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").write_text("in the way")
+    words = ["--method", "nearest-mean", "--scenario", "split-digits", "--device", "cpu", "--quiet", "--resume"]
+    (tmp_path / "config").write_text("")
+    assert main(["run", *words, "--out", str(tmp_path / "run" / "checkpoints" / "x")]) == 1
+    error = capsys.readouterr().err
+    assert "nothing is saved yet" in error
+    assert "run the same command with --resume" in error
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(small_disk):
+    good = publish(small_disk, 0, 1, lambda p: p.write_bytes(bytes(600_000)))
+    with pytest.raises(OSError, match="No space left") as caught:
+        publish(small_disk, 0, 2, lambda p: p.write_bytes(bytes(3_000_000)))
+    assert what_happened(caught.value) == ("the disk is full", "make room")
+    assert checkpoint_files(small_disk) == [good]
+    assert len(list(small_disk.iterdir())) == 2
+    with pytest.raises((OSError, RuntimeError)) as caught:
+        publish(small_disk, 0, 2, lambda p: torch.save(torch.zeros(1_000_000), p))
+    assert checkpoint_files(small_disk) == [good]
+
+
+@pytest.mark.filterwarnings("ignore:the report could not be written", "ignore:the run is recorded no further")
+def test_a_run_on_a_full_disk_goes_on_when_there_is_room(small_disk, tmp_path, whole):
+    with pytest.raises(RunStopped, match=r"could not be written|disk is full"):
+        _run(small_disk / "run")
+    assert not (small_disk / "run" / "result.json").exists()
+    subprocess.run(["mount", "-o", "remount,size=200m", small_disk], check=True)
+    _run(small_disk / "run", resume=True)
+    _same(small_disk / "run", whole)
+
+
+def test_read_only_output_is_named(tmp_path):
+    error = explained(PermissionError(errno.EROFS, "Read-only file system", "runs/x"), tmp_path)
+    assert str(error).startswith("the folder cannot be written ([Errno 30] Read-only file system: 'runs/x'); nothing")
+
+
+def test_errors_in_the_users_code_stay_what_they_are():
+    assert what_happened(RuntimeError("shapes cannot be multiplied")) is None
+    assert explained(ValueError("x"), Path("none")) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["masked-finetune", "nearest-mean", "ovor", "mora"])
+def test_kill_9_anywhere_changes_nothing(tmp_path, method):
+    command = [sys.executable, "-m", "cl_plugins.kill_test", "--methods", method, "--kills", "6"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "kills.json")], capture_output=True, text=True, timeout=600, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    (outcome,) = json.loads((tmp_path / "kills.json").read_text())["outcomes"]
+    assert sum(outcome["kills"].values()) >= 6
+    assert outcome["differences"] == []
+
+
+def test_memory_that_the_system_refuses_is_said_in_words():
+    code = (
+        "import resource, torch\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))\n"
+        "from cl_plugins.failures import what_happened\n"
+        "try:\n    torch.ones(1 << 30)\n"
+        "except Exception as error:\n    print(what_happened(error))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "('the memory was not enough', 'free some')" in done.stdout, done.stderr
