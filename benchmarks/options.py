@@ -133,10 +133,10 @@ def check(name: str, option: str, accelerator: str = "cpu") -> str:
     return "yes"
 
 
-def table() -> str:
+def table(chosen: Sequence[str]) -> str:
     """The table in Markdown, from running everything."""
     lines = ["| | " + " | ".join(OPTIONS) + " |", "|" + "---|" * (len(OPTIONS) + 1)]
-    for name in teams():
+    for name in chosen:
         cells = []
         for option in OPTIONS:
             try:
@@ -152,9 +152,10 @@ def main() -> None:
     """Write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("page", nargs="?", type=Path, help="a page with the two markers; the terminal when left out")
+    parser.add_argument("--only", nargs="+", default=list(teams()), help="these callbacks only")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    text = table()
+    text = table(arguments.only)
     if arguments.page is None:
         print(text)
         return

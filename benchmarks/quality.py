@@ -27,12 +27,15 @@ def run(method: str, scenario: str, seed: int, out: Path, threads: int) -> str:
     folder = out / f"{scenario}_{method}_{seed}"
     result = run_benchmark(method, scenario, seed=seed, order_seed=seed, device="cpu", out=folder, progress=False)
     numbers = f"accuracy {result.average_accuracy:.4f}  forgetting {result.forgetting:.4f}"
+    numbers += "".join(f"  {name} {value:.4f}" for name, value in result.domain_scores.items())
     return f"{scenario:<18}{method:<20}seed {seed}  {numbers}"
 
 
 def main() -> int:
     from cl_plugins.compare import collect_results, methods_table
-    from cl_plugins.recipes import recipe_names
+    from cl_plugins.recipes import load_recipe, recipe_names
+    from cl_plugins.scenarios import scenario_info
+    from cl_plugins.workloads import unfit
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="*", default=recipe_names())
@@ -43,7 +46,12 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1, help="per job")
     args = parser.parse_args()
 
-    jobs = [(m, s, r) for r in range(args.seeds) for s in args.scenarios for m in args.methods]
+    fits = {
+        (m, s): unfit(load_recipe(m, s), scenario_info(s).modality) is None
+        for s in args.scenarios
+        for m in args.methods
+    }
+    jobs = [(m, s, r) for r in range(args.seeds) for s in args.scenarios for m in args.methods if fits[m, s]]
     jobs = [(m, s, r) for m, s, r in jobs if not (args.out / f"{s}_{m}_{r}" / "result.json").exists()]
     failed = 0
     with ProcessPoolExecutor(args.jobs) as pool:

@@ -14,6 +14,7 @@ from cl_plugins.attach import plugin_modules
 from cl_plugins.backbones import Backbone, find_backbone
 from cl_plugins.decay import exempt_from_decay
 from cl_plugins.features import collect_features
+from cl_plugins.head_phase import gather_rows
 from cl_plugins.side_routing import TaskRouter
 from cl_plugins.taps import SideNetwork, backbone_taps
 
@@ -144,7 +145,7 @@ class SideCallback(FrozenBackbone):
             features, labels = collect_features(module, head, loader)
         finally:
             bank.bypass = False
-        bank.router.accumulate(features, labels)
+        bank.router.accumulate(gather_rows(features), gather_rows(labels))
         if self.routing == "prototype":
             return
         known, bank.known_task = bank.known_task, len(bank.sides) - 1
@@ -152,6 +153,7 @@ class SideCallback(FrozenBackbone):
             features, labels = collect_features(module, head, loader)
         finally:
             bank.known_task = known
+        features, labels = gather_rows(features), gather_rows(labels)
         weight, bias = head.weight.float(), None if head.bias is None else head.bias.float()
         bank.calibrate(nn.functional.linear(features, weight, bias), labels)
 

@@ -90,7 +90,7 @@ class ZeroShot(ContinualCallback):
     """
 
     training: ClassVar[Literal["required", "none", "neutral"]] = "none"
-    modalities: ClassVar[tuple[str, ...]] = ("image-text",)
+    modalities: ClassVar[tuple[str, ...]] = ("image-text", "text")
 
     def install(self, module: nn.Module) -> None:
         """Freeze everything."""

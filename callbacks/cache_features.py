@@ -35,6 +35,9 @@ class CacheFeatures(ContinualCallback):
         is
     first asked for; sets the loaders back at the end. The module must hand its input to the backbone as it is.
 
+    With several processes the first one fills a ``folder`` while the others wait; without a folder each keeps a cache
+    of its own with all samples. The process group's timeout must be above the time of filling.
+
     Args:
         folder: keeps entries for later runs; None keeps them for this one.
         byte_budget: bytes held in memory; entries beyond it are memory-mapped.
@@ -47,7 +50,7 @@ class CacheFeatures(ContinualCallback):
 
     Raises:
         ValueError: for faulty numbers, or when ``folder`` holds entries of other weights or another transform.
-        RuntimeError: when something in front of the classifier still trains, or with several processes.
+        RuntimeError: when something in front of the classifier still trains.
 
     Example:
         >>> CacheFeatures(byte_budget=1 << 30, dtype="float16").cache.dtype
@@ -108,10 +111,6 @@ class CacheFeatures(ContinualCallback):
 
     def on_stream_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stream: Stream) -> None:
         """Put the cache in front of the stream's loaders."""
-        if trainer.world_size > 1:
-            raise RuntimeError(
-                f"`CacheFeatures` works in one process, got {trainer.world_size}; leave it out, or use one device"
-            )
         self._restore()
         self._source = self.open(pl_module, stream, context=trainer.precision_plugin.forward_context)
         for name in _METHODS:

@@ -8,6 +8,8 @@ penalty. Not implemented: its first session adaptation; compose with an adapter 
 
     [NearestMean()]            alone: nothing is trained, one pass over each task
     [OVOR(), NearestMean()]    behind an adapter: it trains as usual, the classifier is computed from its features
+    [LadderSideTuning(regime="first_session"), RanPAC(beside=True)]
+                               ridge regression on [backbone's feature; side network's feature]
 """
 
 from __future__ import annotations
@@ -17,11 +19,12 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from cl_plugins.adapters.side_bank import SideBank
 from cl_plugins.attach import plugin_modules
 from cl_plugins.backbones import find_backbone
-from cl_plugins.closed_form import ClosedFormHead, NearestMeanHead, RidgeHead
+from cl_plugins.closed_form import ClosedFormHead, Extension, NearestMeanHead, RidgeHead
 from cl_plugins.features import DepthTap, collect_features
 from cl_plugins.head_phase import gather_rows
 from cl_plugins.heads import find_head
@@ -32,6 +35,31 @@ from .baselines import freeze_backbone
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
+
+
+class BesideTap(nn.Module):
+    """Puts the frozen backbone's own feature behind that of the side network which replaced it.
+
+    Args:
+        bank: the side networks at work.
+        width: of the feature.
+        inner: adds class tokens of earlier blocks behind both; None for none.
+    """
+
+    def __init__(self, bank: SideBank, width: int, inner: DepthTap | None = None) -> None:
+        super().__init__()
+        bank.keep_base()
+        self._bank = (bank,)  # in a tuple, so that its weights are not saved twice
+        self.inner = inner
+        self.width: int = width + (0 if inner is None else inner.width)
+
+    def extend(self, feature: Tensor) -> Tensor:
+        """The feature ``(batch, dim)`` with the backbone's behind it, ``(batch, dim + width)``."""
+        base = self._bank[0].base
+        if base is None or len(base) != len(feature):
+            raise RuntimeError("the side networks must run before the computed classifier, got no feature of theirs")
+        both = torch.cat([feature, base.to(feature.dtype)], 1)
+        return both if self.inner is None else self.inner.extend(both)
 
 
 class NearestMean(ContinualCallback):
@@ -45,6 +73,8 @@ class NearestMean(ContinualCallback):
             classifier's own input alone, as published.
         backbone: dotted name of the transformer, for modules with several.
         head: dotted name of the classifier, for modules where it cannot be told.
+        beside: read the frozen backbone's own feature too, behind the side network's that replaces it; False where no
+            side network is at work.
 
     Raises:
         ValueError: for a negative depth; at ``setup`` when no backbone or classifier is found, or the depth is too
@@ -55,21 +85,40 @@ class NearestMean(ContinualCallback):
     modalities: ClassVar[tuple[str, ...]] = ("image",)
     plugin: ClassVar[str] = "nearest_mean"
 
-    def __init__(self, depth: int = 0, backbone: str | None = None, head: str | None = None) -> None:
+    def __init__(
+        self, depth: int = 0, backbone: str | None = None, head: str | None = None, *, beside: bool = False
+    ) -> None:
         super().__init__()
         if depth < 0:
             raise ValueError(f"`depth` must be 0 or more, got {depth!r}")
         self.depth = depth
         self.backbone = backbone
         self.head = head
+        self.beside = beside
         self._stream: Stream | None = None
 
-    def build(self, head: nn.Linear, tap: DepthTap | None) -> ClosedFormHead:
+    def build(self, head: nn.Linear, tap: Extension | None) -> ClosedFormHead:
         """The classifier to compute."""
         return NearestMeanHead(head, tap)
 
-    def tap(self, module: nn.Module) -> DepthTap | None:
-        """Hooks on the blocks before the last that give further features; None for a depth of 0."""
+    def tap(self, module: nn.Module) -> Extension | None:
+        """What gives further features; None where the classifier's own input is all."""
+        inner = self._depth_tap(module)
+        if not self.beside:
+            return inner
+        bank = dict(plugin_modules(module).items()).get("side")
+        if not isinstance(bank, SideBank):
+            raise ValueError(
+                "`beside` must follow a side-tuning callback, found none; put one in front, or beside=False"
+            )
+        if bank.per_task:
+            raise ValueError(
+                f"`beside` must have one side network for all tasks, got regime={bank.regime!r}, whose feature changes"
+                " with each; use regime='first_session'"
+            )
+        return BesideTap(bank, self.find(module).in_features, inner)
+
+    def _depth_tap(self, module: nn.Module) -> DepthTap | None:
         if self.depth == 0:
             return None
         found = find_backbone(module, self.backbone)
@@ -144,6 +193,7 @@ class RanPAC(NearestMean):
         depth: how many blocks before the last also give their class token; 0 as published.
         backbone: dotted name of the transformer, for modules with several.
         head: dotted name of the classifier, for modules where it cannot be told.
+        beside: as in :class:`NearestMean`.
 
     Raises:
         ValueError: for a negative width or penalty.
@@ -159,8 +209,10 @@ class RanPAC(NearestMean):
         depth: int = 0,
         backbone: str | None = None,
         head: str | None = None,
+        *,
+        beside: bool = False,
     ) -> None:
-        super().__init__(depth, backbone, head)
+        super().__init__(depth, backbone, head, beside=beside)
         if projection < 0:
             raise ValueError(f"`projection` must be 0 or more, got {projection!r}")
         if ridge is not None and not ridge > 0:
@@ -171,6 +223,6 @@ class RanPAC(NearestMean):
         self.ridge = ridge
         self.seed = seed
 
-    def build(self, head: nn.Linear, tap: DepthTap | None) -> ClosedFormHead:
+    def build(self, head: nn.Linear, tap: Extension | None) -> ClosedFormHead:
         """The classifier to compute."""
         return RidgeHead(head, self.projection, self.ridge, self.seed, tap)

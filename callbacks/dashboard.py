@@ -71,7 +71,7 @@ class ForgettingDashboard(ContinualCallback):
         report: file name of the report in the run's folder; None records without a report.
 
     Raises:
-        ValueError: for a ``run_id`` that is no safe folder name.
+        ValueError: for a ``run_id`` that is no safe folder name, or a ``report`` that is no file name.
         RuntimeError: at the start of the stream, when another process is writing the same run.
 
     Example:
@@ -95,6 +95,10 @@ class ForgettingDashboard(ContinualCallback):
         self.path = Path(path)
         self.run_id = run_id if run_id is None else check_run_id(run_id)
         self.meta = dict(meta or {})
+        if report is not None and (not report or Path(report).name != report):
+            raise ValueError(
+                f"`report` must be a file name in the run's folder, got {report!r}; choose the folder with `path`"
+            )
         self._report = report
         self._writer: RunWriter | None = None
         self._before: Row | None = None

@@ -18,6 +18,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -51,7 +52,7 @@ class LadderSideTuning(SideCallback):
         init: the side blocks' first weights: rows of the backbone chosen by "magnitude" (no data needed) or "fisher"
             (published), or "random".
         gate: "learnable" as published; see :class:`cl_plugins.adapters.ladder.LadderSide` for the others.
-        fisher_samples: samples for "fisher"; 1024 as published.
+        fisher_samples: samples for "fisher", of each process; 1024 as published.
         regime: "shared", "first_session", "per_task" or "per_task_dense".
         routing: who answers in the evaluation of the per-task regimes: "prototype", "logits" or "both".
         warm_start: begin a new task's side network with the weights of the one before.
@@ -149,6 +150,9 @@ class LadderSideTuning(SideCallback):
                 importance = fisher_importance(parameters, lambda batch: _loss(module, batch), samples)
         finally:
             bank.bypass, bank.taps.frozen = False, True
+        if dist.is_available() and dist.is_initialized():
+            for value in importance.values():
+                dist.all_reduce(value)  # each process read its own share of the data
         initialize_ladder(cast(LadderSide, bank.active), found, self.reduction, importance)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -26,6 +26,7 @@ from torch import nn
 from cl_plugins.adapters._rank_experts_functional import ScoreNorm
 from cl_plugins.adapters.delta import LinearDelta, adapter_dtype
 from cl_plugins.adapters.rank_experts import ExpertOptions, RankExperts
+from cl_plugins.evaluation import default_predict
 from cl_plugins.expert_usage import expert_usage, usage_events
 from cl_plugins.targets import QkvMode, Site
 
@@ -179,8 +180,9 @@ class MoRA(LinearAdapters):
         if self._stream is None or not self.probe or not learned:
             return []
         tasks = [t for t in self._stream.tasks if t.index <= max(learned)]
+        predict = getattr(self._stream, "predict", default_predict)
         usages = {
-            t.index: expert_usage(module, banks, islice(iter(self._stream.test_loader(t.index)), self.probe))
+            t.index: expert_usage(module, banks, islice(iter(self._stream.test_loader(t.index)), self.probe), predict)
             for t in tasks
         }
         return usage_events(self.key, usages, {t.index: t.name for t in tasks}, max(learned))

@@ -39,7 +39,7 @@ class SideTuning(SideCallback):
 
     Args:
         width: channels of the side network's first layer; they double up to four times it.
-        merge: "alpha" as published, "sum", "product" or "mlp".
+        merge: "alpha" as published, "sum", "product", "film" or "mlp".
         distill_epochs: passes over the task's data in which a new side network learns the backbone's feature; 0 for
             none.
         distill_lr: of the Adam that does so.

@@ -68,7 +68,10 @@ def read_manifest(path: Path) -> tuple[dict[str, Any], Path, list[Segment]]:
         if manifest["format"] != FORMAT:
             raise ValueError(f"format {manifest['format']!r} instead of {FORMAT}")
         segments = [Segment(**{**s, "shape": tuple(s["shape"])}) for s in manifest["segments"]]
-        key, data = dict(manifest["key"]), path.parent / str(manifest["data"])
+        key, name = dict(manifest["key"]), str(manifest["data"])
+        if Path(name).name != name or not segments or any(x.offset < 0 or x.nbytes < 0 for x in segments):
+            raise ValueError(f"data {name!r} with {len(segments)} arrays")
+        data = path.parent / name
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"the manifest {path} cannot be read: {error!r}; delete it") from error
     if not data.is_file() or data.stat().st_size < max(s.offset + s.nbytes for s in segments):

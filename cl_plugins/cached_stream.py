@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -202,14 +203,41 @@ class CachedStream:
             arrays=self._arrays(),
         )
         if key not in self._numbers:
-            entry = self.cache.open(key)
-            if entry is None:
-                batches = self._compute(_in_order(images, view))
-                entry = self.cache.fill(key, batches, len(images.dataset))  # type: ignore[arg-type]
+            entry = self._open_or_fill(key, images, view)
             self._numbers[key] = len(self._entries)
             self._keys[key.name] = key
             self._entries.append(entry)
         return self._numbers[key]
+
+    def _open_or_fill(self, key: CacheKey, images: DataLoader[Any], view: int) -> CacheEntry:
+        """The entry of a key. A folder is filled by the first process while the others wait."""
+        if self.cache.folder is None or not (dist.is_available() and dist.is_initialized()):
+            return self._fill_here(key, images, view)
+        entry, failure = None, None
+        if dist.get_rank() == 0:
+            try:
+                entry = self._fill_here(key, images, view)
+            except Exception as error:  # raised below, once the others know
+                failure = error
+        device = module_device(self.module) if dist.get_backend() == "nccl" else torch.device("cpu")
+        filled = torch.tensor(int(failure is None), device=device)
+        dist.broadcast(filled, 0)
+        if failure is not None:
+            raise failure
+        entry = self.cache.open(key) if int(filled) and entry is None else entry
+        if entry is None:
+            raise RuntimeError(
+                f"the first process must leave the features of {key.split!r} in `folder`, got none in"
+                f" {self.cache.folder}; its own error says why, or the processes do not share that folder"
+            )
+        return entry
+
+    def _fill_here(self, key: CacheKey, images: DataLoader[Any], view: int) -> CacheEntry:
+        entry = self.cache.open(key)
+        if entry is None:
+            batches = self._compute(_in_order(images, view))
+            entry = self.cache.fill(key, batches, len(images.dataset))  # type: ignore[arg-type]
+        return entry
 
     def _arrays(self) -> tuple[str, ...]:
         image = ("image",) if self.taps.wants_image else ()

@@ -9,15 +9,23 @@ forgotten but what the feature itself loses.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cl_plugins.exact_buffers import ExactBuffers
-from cl_plugins.features import DepthTap
 from cl_plugins.heads import HIDDEN_LOGIT
+
+
+class Extension(Protocol):
+    """Puts further features behind the classifier's input, such as :class:`cl_plugins.features.DepthTap`."""
+
+    width: int
+
+    def extend(self, feature: Tensor) -> Tensor:
+        """``(batch, dim)`` to ``(batch, dim + width)``."""
 
 
 class ClosedFormHead(ExactBuffers):
@@ -28,7 +36,7 @@ class ClosedFormHead(ExactBuffers):
         tap: adds the class tokens of earlier blocks to the classifier's own feature; None for that feature alone.
     """
 
-    def __init__(self, head: nn.Linear, tap: DepthTap | None = None) -> None:
+    def __init__(self, head: nn.Linear, tap: Extension | None = None) -> None:
         super().__init__()
         self.tap = tap
         self.dim = head.in_features + (0 if tap is None else tap.width)
@@ -77,7 +85,7 @@ class NearestMeanHead(ClosedFormHead):
         0
     """
 
-    def __init__(self, head: nn.Linear, tap: DepthTap | None = None) -> None:
+    def __init__(self, head: nn.Linear, tap: Extension | None = None) -> None:
         super().__init__(head, tap)
         self.total: Tensor
         self.register_buffer("total", torch.zeros(head.out_features, self.dim, device=head.weight.device))
@@ -115,7 +123,7 @@ class RidgeHead(ClosedFormHead):
         projection: int = 2000,
         ridge: float | None = None,
         seed: int = 0,
-        tap: DepthTap | None = None,
+        tap: Extension | None = None,
     ) -> None:
         super().__init__(head, tap)
         self.ridge = ridge

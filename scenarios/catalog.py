@@ -144,6 +144,7 @@ SCENARIOS += (
         "glyph_blocks:xtail_glyphs",
         {},
         _BLOCKS,
+        modality="image-text",
     ),
     ScenarioInfo(
         "mtil-glyphs",
@@ -151,6 +152,7 @@ SCENARIOS += (
         "glyph_blocks:mtil_glyphs",
         {},
         _BLOCKS,
+        modality="image-text",
     ),
     ScenarioInfo(
         "instructions",
@@ -158,6 +160,7 @@ SCENARIOS += (
         "instructions:InstructionStream",
         {},
         "6 tasks x 500 training and 100 test prompts",
+        modality="text",
     ),
 )
 

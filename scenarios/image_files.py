@@ -92,7 +92,7 @@ def listed_images(folder: Path, listing: Path, class_names: Sequence[str]) -> Im
 
     Raises:
         FileNotFoundError: for a missing list, or a listed file that is not there.
-        ValueError: for a path whose folder is no class.
+        ValueError: for a path whose folder is no class, or that leads out of ``folder``.
     """
     if not listing.is_file():
         raise FileNotFoundError(f"the list of images must be a text file, got {str(listing)!r}, which is none")
@@ -102,6 +102,8 @@ def listed_images(folder: Path, listing: Path, class_names: Sequence[str]) -> Im
         if not line.strip():
             continue
         path = folder / line.strip()
+        if ".." in path.parts[len(folder.parts) :] or not path.is_relative_to(folder):  # links in it are the user's own
+            raise ValueError(f"{listing.name} must name files below {str(folder)!r}, got {line.strip()!r} outside")
         if path.parent.name not in number:
             raise ValueError(f"{listing.name} must name files in class folders, got {line.strip()!r}")
         if not path.is_file():

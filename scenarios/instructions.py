@@ -172,8 +172,14 @@ class InstructionStream(TaskStream):
             num_workers=num_workers,
             collate_fn=PromptCollator(self.tokenizer, max_tokens),
         )
-        longest = max((e.output for t in made for e in [*t.train, *t.test]), key=lambda text: len(text.encode()))
-        self.max_new_tokens = len(self.tokenizer.encode(longest)) + 1
+        self.use_tokenizer(self.tokenizer)
+
+    def use_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Turn text into the ids of another tokenizer, such as that of the model to be trained."""
+        self.tokenizer = tokenizer
+        self.collate_fn = PromptCollator(tokenizer, self.max_tokens)
+        longest = max((e.output for t in self.text_tasks for e in [*t.train, *t.test]), key=lambda x: len(x.encode()))
+        self.max_new_tokens = len(tokenizer.encode(longest)) + 1
 
     def instructions(self, index: int) -> list[str]:
         """Distinct instructions of a task's training data, for grouping."""

@@ -53,9 +53,9 @@ def _settings(stream: TaskStream, kind: str) -> dict[str, Any]:
 
 
 def _keep_texts(stream: TaskStream, original: TaskStream) -> None:
-    """What a stream of images and texts says of its classes."""
+    """What a stream of texts, or of images and texts, says of its classes and answers."""
     stream.n_classes = original.n_classes
-    for name in ("modality", "task_known", "open_vocabulary", "class_names", "class_texts"):
+    for name in ("modality", "task_known", "open_vocabulary", "class_names", "class_texts", "predict", "tokenizer"):
         if hasattr(original, name):
             setattr(stream, name, getattr(original, name))
 
@@ -87,6 +87,7 @@ class Joint(TaskStream):
 
     def __init__(self, stream: TaskStream | str) -> None:
         original = _as_stream(stream)
+        self._present = original._present  # type: ignore[method-assign]
         texts = {c: t for task in original.tasks for c, t in zip(task.classes, task.class_names, strict=False)}
         names = tuple(texts[c] for c in original.class_order) if len(texts) == len(original.class_order) else ()
         super().__init__(
@@ -122,6 +123,7 @@ class Cumulative(TaskStream):
 
     def __init__(self, stream: TaskStream | str) -> None:
         original = _as_stream(stream)
+        self._present = original._present  # type: ignore[method-assign]
         so_far: dict[int, str] = {}
         tasks = []
         for task in original.tasks:

@@ -45,6 +45,7 @@ class ScenarioInfo:
         sizes: tasks, classes and samples, in words.
         needs: what must be there; empty for data that come along.
         data: name of the data set, for streams over one.
+        modality: what its samples are, see :attr:`cl_plugins.scenarios.TaskStream.modality`.
     """
 
     name: str
@@ -54,6 +55,7 @@ class ScenarioInfo:
     sizes: str = ""
     needs: str = ""
     data: str = ""
+    modality: str = "image"
 
 
 _DATA: dict[str, DataInfo] = {}

@@ -36,7 +36,7 @@ class Regression(pl.LightningModule):
         return self.late(y) if self.late_layer else y
 
     def training_step(self, batch, batch_idx):
-        return mse_loss(self(batch[0]), batch[1])
+        return mse_loss(self(batch[0]).float(), batch[1].float())  # torch 2.5 has none for bfloat16
 
     def validation_step(self, batch, batch_idx):
         if not self.trainer.sanity_checking:

@@ -11,6 +11,7 @@ from benchmarks.composition import Module, stream
 from benchmarks.options import OPTIONS, check
 from benchmarks.processes import teams
 from cl_plugins import fit_stream
+from cl_plugins.adapters.hierarchical_side import Downsample
 from cl_plugins.callbacks import LoRA, NearestMean, RanPAC
 from cl_plugins.closed_form import RidgeHead
 from cl_plugins.evaluation import to_device
@@ -95,3 +96,19 @@ def test_batches_take_the_dtype_of_the_weights():
     assert moved["y"].dtype == torch.int64
     assert moved["names"] == ["a"]
     assert to_device(batch, torch.device("cpu"))["x"].dtype == torch.float32
+
+
+def test_a_map_of_one_pixel_gets_a_gradient_in_bfloat16():
+    layer = Downsample(8, 16).bfloat16()
+    exact = Downsample(8, 16)
+    exact.load_state_dict({k: v.float() for k, v in layer.state_dict().items()})
+    x = torch.randn(8, 8, 1, 1, generator=torch.Generator().manual_seed(0))
+    for _ in range(20):
+        junk = [torch.full((n,), float("nan")) for n in (64, 256, 1024, 4096, 16384)]
+        del junk  # memory that is free again holds NaN
+        layer.zero_grad()
+        out, grid = layer(x.bfloat16())
+        out[:, :, 0].sum().backward()
+        assert grid == (1, 1)
+        assert torch.isfinite(layer.proj.weight.grad).all()
+    torch.testing.assert_close(exact(x)[0], exact.norm(exact.proj(x).flatten(2).transpose(1, 2)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from functools import partial
+from inspect import signature
 
 import pytest
 import timm
@@ -79,7 +80,10 @@ def test_start_leaves_the_global_generator_alone() -> None:
         partial(Attention, qk_norm=True, norm_layer=nn.LayerNorm),
         partial(Attention, scale_norm=True, norm_layer=nn.LayerNorm),
         partial(Attention, attn_head_dim=4),
-        partial(Attention, gated=True, proj_bias=False),
+        pytest.param(
+            partial(Attention, gated=True, proj_bias=False),
+            marks=pytest.mark.skipif("gated" not in signature(Attention).parameters, reason="a newer timm has gates"),
+        ),
     ],
 )
 @pytest.mark.parametrize("mask", [None, "bool", "float", "causal"])
@@ -181,6 +185,7 @@ def test_copies_are_independent(copier) -> None:
     assert torch.equal(other["vit"](images()), expected)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.6", reason="torch 2.5 cannot compile a replaced forward")
 def test_compile_and_frozen_prompts() -> None:
     vit = tiny_vit().eval().requires_grad_(False)
     prompt = PrefixPrompt(16, {0: 4}).attach(vit)

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.processes import BATCH_STATISTICS, compare, launch, teams
 
-QUICK = ["OVOR and NearestMean", "MoRA", "BalancedEMA", "LadderSideTuning", "RanPAC", "ForgettingDashboard"]
+QUICK = ["OVOR and NearestMean", "MoRA", "BalancedEMA", "LeanHierarchicalSideTuning", "RanPAC", "ForgettingDashboard"]
 PENDING = {
     "CacheFeatures": "works in one process",
     "SideTuning": "its distillation and its router see one process's samples",

@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from cl_plugins import fit_stream
-from cl_plugins.benchmark import run_benchmark, summary_table
+from cl_plugins.benchmark import build_callbacks, run_benchmark, summary_table
 from cl_plugins.clip_glyph import HELD_OUT
+from cl_plugins.compare import table_rows
 from cl_plugins.plugin import Row
 from cl_plugins.recipes import load_recipe, recipe_names, with_options
 from cl_plugins.result import StreamResult
-from cl_plugins.scenarios import build_scenario
+from cl_plugins.scenarios import build_scenario, scenario_info
 from cl_plugins.scenarios.glyph_blocks import BLOCKS, block_characters
 from cl_plugins.scenarios.glyphs import glyph_name, pretraining_classes, stream_classes
 from cl_plugins.task import Task
@@ -81,8 +82,6 @@ def test_an_open_clip_model_brings_its_own_transforms():
 
 def trained(method, stream, epochs=1, **options):
     recipe = with_options(load_recipe(method, "xtail-glyphs"), options)
-    from cl_plugins.benchmark import build_callbacks
-
     pl.seed_everything(0, verbose=False)
     module = build_module(recipe, stream)
     before = {k: v.clone() for k, v in module.state_dict().items() if isinstance(v, torch.Tensor)}
@@ -141,6 +140,29 @@ def test_the_classifiers_position_is_part_of_its_state():
     assert second.row.tolist() == [-1, -1, 0, 1, -1, -1]
 
 
+def test_a_resumed_stream_ends_as_the_whole_one(tmp_path):
+    def run(ckpt_path=None):
+        recipe = with_options(load_recipe("mora", "xtail-glyphs"), {"rank": 2})
+        pl.seed_everything(0, verbose=False)
+        stream = small_stream()
+        module = build_module(recipe, stream)
+        keep = pl.callbacks.ModelCheckpoint(tmp_path, save_top_k=-1, filename="{step}")
+        trainer = pl.Trainer(
+            max_epochs=2, accelerator="cpu", callbacks=[*build_callbacks(recipe), keep], logger=False,
+            enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        result = fit_stream(trainer, module, stream, ckpt_path, evaluate_initial=True, evaluate_future=True)
+        return module, result
+
+    whole, told = run()
+    middle = tmp_path / "step=11.ckpt"  # one step an epoch, two epochs a task: in the middle of task 5
+    resumed, again = run(middle)
+    assert torch.load(middle, weights_only=True)["state_dict"]["net._extra_state"]["classes"] == [15, 16, 17]
+    assert resumed.net.seen == whole.net.seen
+    assert [r.correct for r in again.rows] == [r.correct for r in told.rows]
+    assert again.initial.correct == told.initial.correct
+
+
 # the numbers
 
 
@@ -177,6 +199,20 @@ def test_the_command_writes_all_three_scores(tmp_path, scenario, matrix):
     for words in ("transfer (before learning)", "average (all cells)", "last (last row", "zero-shot (before any"):
         assert words in table
     assert (tmp_path / "report.html").is_file()
+
+
+def test_tables_have_the_scores_where_a_result_has_them():
+    plain = {"scenario": "split", "method": "a", "accuracy_matrix": [], "average_accuracy": 0.5}
+    domains = {**plain, "scenario": "x-tail", "transfer": 0.25, "average": 0.5, "last": 0.75}
+    assert "transfer" not in table_rows([plain])[0]
+    rows = table_rows([plain, domains])
+    assert [r["transfer"] for r in rows] == ["undefined", "0.250"]
+    assert (rows[1]["average (all cells)"], rows[1]["last"]) == ("0.500", "0.750")
+
+
+def test_scenarios_say_what_their_samples_are():
+    for name in ("xtail-glyphs", "mtil-glyphs", "split-digits"):
+        assert build_scenario(name).modality == scenario_info(name).modality
 
 
 # refusals

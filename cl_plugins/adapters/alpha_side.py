@@ -2,12 +2,15 @@
 
 "Side-Tuning: A Baseline for Network Adaptation via Additive Side Networks", Jeffrey O. Zhang, Alexander Sax, Amir
 Zamir, Leonidas Guibas, Jitendra Malik, ECCV 2020, arXiv 1912.13503. Implemented: the blend with a learned scalar, sum,
-product and MLP merges, initialization by distillation, the dense variant for task streams (in
-:mod:`cl_plugins.adapters.side_bank`). Not implemented: the FiLM merge, lateral connections.
+product, FiLM and MLP merges, initialization by distillation, the dense variant for task streams (in
+:mod:`cl_plugins.adapters.side_bank`). FiLM is written from its definition, with our own first values that leave the
+backbone's feature as it is. Not implemented: lateral connections, which are progressive networks and need the layers of
+two convolutional bases to match; a transformer has none to connect.
 
 Formula, for the backbone's feature ``B`` and the side network's ``S``::
 
     R(x) = alpha B(x) + (1 - alpha) S(x),   alpha = sigmoid(a),  a = 0 at first
+    FiLM: R(x) = (1 + gamma(S)) B(x) + beta(S),   gamma, beta linear and 0 at first
     distillation before training: mean (S(x) - B(x))^2
 """
 
@@ -23,7 +26,7 @@ from torch.nn import functional as F
 from cl_plugins._text import did_you_mean
 from cl_plugins.taps import SideNetwork, TapRecord
 
-Merge = Literal["alpha", "sum", "product", "mlp"]
+Merge = Literal["alpha", "sum", "product", "film", "mlp"]
 
 
 class ConvSide(nn.Module):
@@ -62,7 +65,8 @@ class AlphaSide(SideNetwork):
     Args:
         features: width of the backbone's feature.
         width: of the side network's first layer.
-        merge: "alpha" as published; "sum", "product" and "mlp" (of both features, concatenated) are its ablations.
+        merge: "alpha" as published; "sum", "product", "film" (the side scales and shifts the backbone's feature) and
+            "mlp" (of both features, concatenated) are its ablations.
         channels: of the image.
 
     Raises:
@@ -94,6 +98,11 @@ class AlphaSide(SideNetwork):
             else None
         )
 
+        self.film = nn.Linear(features, 2 * features) if merge == "film" else None
+        if self.film is not None:
+            nn.init.zeros_(self.film.weight)
+            nn.init.zeros_(self.film.bias)
+
     @property
     def alpha(self) -> Tensor:
         """Weight of the backbone's feature.
@@ -124,6 +133,9 @@ class AlphaSide(SideNetwork):
             return base + own
         if self.merge == "product":
             return base * own
+        if self.film is not None:
+            gamma, beta = self.film(own).chunk(2, 1)
+            return (1 + gamma) * base + beta
         assert self.mlp is not None
         merged: Tensor = self.mlp(torch.cat([base, own], 1))
         return merged

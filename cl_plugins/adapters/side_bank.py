@@ -71,6 +71,8 @@ class SideBank(nn.Module):
         check_choice("routing", routing, get_args(Routing))
         self.regime, self.routing = regime, routing
         self.bypass = False
+        self.base: Tensor | None = None
+        self.keeps_base = False
         self.known_task: int | None = None
         self.sides = nn.ModuleList()
         self.mix = nn.ParameterList()
@@ -122,13 +124,17 @@ class SideBank(nn.Module):
         weight = self._links[1].weight
         side = self._build().to(weight.device, weight.dtype)
         self.taps.want(side.tap_indices, image=side.needs_image)
-        self.taps.needs_final = self.per_task or side.needs_base
+        self.taps.needs_final = self.per_task or side.needs_base or self.keeps_base
         self.taps.registers = list(getattr(side, "registers", ()))
         self.taps.frozen = not self.taps.registers  # registers must receive gradients through the backbone
         self.sides.append(side)
         if self.regime == "per_task_dense":
             self.mix.append(nn.Parameter(torch.zeros(len(self.sides) + 1, device=weight.device, dtype=weight.dtype)))
         return side
+
+    def keep_base(self) -> None:
+        """Keep the backbone's own feature of each pass, for heads that read it beside the side network's."""
+        self.keeps_base = self.taps.needs_final = True
 
     def start(self, index: int, classes: Sequence[int]) -> bool:
         """Begin task ``index`` with ``classes``; a repeated call changes nothing.
@@ -209,6 +215,7 @@ class SideBank(nn.Module):
         if self.bypass or not len(self.sides):
             return None
         base, record = self.taps.base_feature(args[0]), self.taps.take()
+        self.base = base.detach() if self.keeps_base else None
         newest = len(self.sides) - 1
         if not self.training and self.per_task:
             if self.known_task is None and newest:

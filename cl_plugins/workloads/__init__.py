@@ -36,10 +36,11 @@ def build_module(recipe: Recipe, stream: Any) -> pl.LightningModule:
         return build_vision_language(recipe, stream)
     if modality == "image":
         return ImageClassifier(create_backbone(recipe.backbone, stream.n_classes, recipe.pretrained), recipe)
-    raise ValueError(
-        f"`scenario` must be a stream of images for cl-bench, got {stream.name!r}, a stream of {modality}s;"
-        " train a causal language model on it with fit_stream"
-    )
+    if modality == "text":
+        from cl_plugins.workloads.language import build_language
+
+        return build_language(recipe, stream)
+    raise ValueError(f"`modality` of a stream must be image, image-text or text, got {modality!r} of {stream.name!r}")
 
 
 _REASONS = {

@@ -1,0 +1,75 @@
+"""Side networks under mixed precision and accumulated gradients; the FiLM merge."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from cl_plugins.adapters.alpha_side import AlphaSide
+from cl_plugins.callbacks import CacheFeatures
+from cl_plugins.taps import TapRecord
+from tests._helpers import PlainModule, tiny_stream, tiny_vit
+from tests._side import METHODS, images, started, train
+
+
+class _Sgd(PlainModule):
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if n != "lean-hst"])  # its batch norms see the smaller batches
+def test_accumulated_gradients_equal_a_larger_batch(name):
+    options = {"init": "magnitude"} if name == "lst" else {"distill_epochs": 0} if name == "side-tuning" else {}
+    states = []
+    for batch, accumulate in ((8, 1), (4, 2)):
+        module = _Sgd(tiny_vit(depth=4))
+        stream = tiny_stream(n_per_class=8, batch_size=batch)
+        train(module, METHODS[name](regime="per_task", **options), stream, accumulate_grad_batches=accumulate)
+        states.append(module.state_dict())
+    moved = 0
+    fresh = started(METHODS[name](regime="per_task", **options), _Sgd(tiny_vit(depth=4))).state_dict()
+    for key, value in states[0].items():
+        assert torch.allclose(value, states[1][key], rtol=1e-3, atol=1e-4), key
+        moved += key.startswith("plugins.side.sides.0.") and not torch.equal(value, fresh[key])
+    assert moved > 3
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_bfloat16_autocast_stays_near_float32(name):
+    module = started(METHODS[name](regime="shared")).train()
+    x, y = images(6), torch.tensor([0, 1, 0, 1, 0, 1])
+    gradients = []
+    for enabled in (False, True):
+        twin = copy.deepcopy(module)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            logits = twin(x)
+            assert (logits.dtype == torch.bfloat16) == enabled
+        cross_entropy(logits.float(), y).backward()
+        bank = twin.plugins["side"]
+        assert all(p.grad is None for n, p in twin.named_parameters() if n.startswith("blocks."))
+        gradients.append(torch.cat([p.grad.flatten() for p in bank.active.parameters() if p.grad is not None]))
+    assert gradients[1].dtype == torch.float32  # weights stay float32
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.98
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_training_with_bf16_mixed_and_a_cache(name):
+    module = PlainModule(tiny_vit(depth=4))
+    method = METHODS[name](regime="per_task")
+    result = train(module, method, tiny_stream(), callbacks=[CacheFeatures(progress=False)], precision="bf16-mixed")
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in module.parameters())
+    assert result.average_accuracy > 0.3  # six classes; chance is 0.17
+
+
+def test_film_scales_and_shifts_and_begins_at_the_backbone():
+    torch.manual_seed(0)
+    side, record, base = AlphaSide(4, 4, "film"), TapRecord(image=images(2)), torch.randn(2, 4)
+    assert torch.equal(side(record, base), base)
+    torch.nn.init.normal_(side.film.weight)
+    both = side.network(record.image) @ side.film.weight.T
+    torch.testing.assert_close(side(record, base), base + base * both[:, :4] + both[:, 4:])
+    side(record, base).sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in side.film.parameters())
