@@ -2,7 +2,7 @@
 
     python benchmarks/long_stream.py --methods mora one-prompt --tasks 1000 --out long_stream
 
-Each task has two classes of tiny images and one epoch. Tasks are trained and finished but not evaluated, since evaluating
+Each task has two classes of tiny images and one epoch. Tasks are trained and finished, not evaluated, since evaluating
 every old task after each is quadratic by its nature. Written are JSON and a PNG. "unexplained" is the growth of the
 process's memory between task 100 (or a tenth of the tasks) and the last that is not growth of parameters and buffers
 (with their gradients), as a share of the memory at the end: a leak shows there.
