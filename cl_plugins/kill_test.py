@@ -47,6 +47,8 @@ _SETTINGS: dict[str, Any] = {
     "save_every_steps": 2,
 }
 
+_OPTIONS: dict[str, dict[str, Any]] = {"ovor": {"head_epochs": 1}}  # must be fewer than the epochs
+
 
 @dataclass
 class Outcome:
@@ -124,7 +126,8 @@ def _start(method: str, folder: Path, moment: str | None = None, count: int = 1)
         os.dup2(log, 2)
         if moment is not None:
             aim(moment, count)
-        run_benchmark(method, out=folder, resume=True, **_SETTINGS)
+        options = {**_SETTINGS["options"], **_OPTIONS.get(method, {})}
+        run_benchmark(method, out=folder, resume=True, **{**_SETTINGS, "options": options})
         status = 0
     except BaseException:
         import traceback
