@@ -107,6 +107,14 @@ def test_a_stream_stopped_anywhere_goes_on_bit_for_bit(tmp_path, whole, moment, 
     assert len(checkpoint_files(tmp_path / "checkpoints")) == 2
 
 
+@pytest.mark.parametrize("first", [3, 4, 5])
+def test_a_stream_stopped_twice_in_one_task_trains_no_epoch_twice(tmp_path, whole, first):
+    for resume, moment in ((False, {"step": first}), (True, {"hook": "end", "task": 0})):
+        with pytest.raises(RuntimeError, match="power failure"):
+            _run(tmp_path, Fail(**moment), resume=resume, every_n_steps=2)
+    _same(whole, _run(tmp_path, resume=True, every_n_steps=2), tmp_path)
+
+
 def test_what_is_finished_is_neither_trained_nor_evaluated_again(tmp_path, whole):
     with pytest.raises(RuntimeError, match="power failure"):
         _run(tmp_path, Fail(hook="start", task=2))
