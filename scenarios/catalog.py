@@ -133,6 +133,7 @@ _GLYPH_STREAMS = (
         "multi_label:multilabel_glyphs",
         {},
         "5 tasks x 4 classes; 2,000 training and 500 test images, each in every task that has one of its classes",
+        modality="multi-label",
     ),
     ScenarioInfo(
         "domain-glyphs",
