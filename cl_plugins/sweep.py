@@ -147,7 +147,7 @@ def plan(
         )
     jobs = []
     for seed in chosen:
-        drawn: list[int | None] = [None] if orders == "own" else [seed] if orders == "seed" else list(orders)  # type: ignore[arg-type]
+        drawn: list[int | None] = [None] if orders == "own" else [seed] if orders == "seed" else list(orders)
         jobs += [Job(m, s, seed, order, **common) for order in drawn for s in scenarios for m in methods]
     names = [job.name for job in jobs]
     twice = sorted({n for n in names if names.count(n) > 1})
