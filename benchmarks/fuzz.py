@@ -268,7 +268,7 @@ def fuzz_checkpoint(rng: random.Random, folder: Path) -> None:
     from cl_plugins.result import StreamResult
 
     state.begin(_Stream(), StreamResult([]))  # type: ignore[arg-type]
-    saved = state.read(path)
+    saved, _ = state.read(path)
     assert isinstance(saved["task"], int)
     assert isinstance(saved["rows"], list)
 

@@ -44,7 +44,7 @@ class LinearAdapters(MaskedHead):
     """
 
     key: ClassVar[str]
-    modalities: ClassVar[tuple[str, ...]] = ("image", "text", "image-text")
+    modalities: ClassVar[tuple[str, ...]] = ("image", "multi-label", "text", "image-text")
     feature: ClassVar[Literal["untouched", "frozen", "adapted", "side"]] = "adapted"
 
     def __init__(

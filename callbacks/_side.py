@@ -44,6 +44,7 @@ class SideCallback(FrozenBackbone):
         ValueError: for an unknown regime or routing; at ``setup`` for a backbone that the side network does not fit.
     """
 
+    modalities: ClassVar[tuple[str, ...]] = ("image",)
     plugin: ClassVar[str] = "side"
     feature: ClassVar[Literal["untouched", "frozen", "adapted", "side"]] = "side"
     regimes: ClassVar[tuple[str, ...]] = get_args(Regime)

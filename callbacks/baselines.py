@@ -40,7 +40,7 @@ class MaskedHead(ContinualCallback):
         [0, 1]
     """
 
-    modalities: ClassVar[tuple[str, ...]] = ("image",)
+    modalities: ClassVar[tuple[str, ...]] = ("image", "multi-label")
 
     def __init__(self, head: str | None = None) -> None:
         super().__init__()

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -68,6 +68,8 @@ class OVOR(OnePrompt):
         >>> method.outliers.noise_scale, method.outliers.neighbors
         (1.0, 50)
     """
+
+    modalities: ClassVar[tuple[str, ...]] = ("image",)
 
     def __init__(
         self,

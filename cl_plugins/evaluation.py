@@ -138,6 +138,9 @@ def count_task(
                 f"the head must have a row for every class, got {logits.shape[1]} outputs for class"
                 f" {max(task.classes)}; build the model with {len(owner)} outputs"
             )
+        if labels.ndim == 2:
+            counts += _count_labels(logits, labels, own, owner, seen, n_tasks)
+            continue
         hidden = ~seen[: logits.shape[1]]
         predicted = logits.masked_fill(hidden, -torch.inf).argmax(1)
         counts[0] += (predicted == labels).sum()
@@ -145,6 +148,32 @@ def count_task(
         counts[2] += (own[logits[:, own].argmax(1)] == labels).sum()
         counts[3:] += torch.bincount(owner[predicted], minlength=n_tasks)
     return counts
+
+
+def _count_labels(logits: Tensor, targets: Tensor, own: Tensor, owner: Tensor, seen: Tensor, n_tasks: int) -> Tensor:
+    """Counts of a multi-label batch, by labels instead of samples.
+
+    An image with k labels among the seen classes gets k predictions, its k highest scores there. A label of the task is
+    correct when it is among them; with one label an image this is the accuracy. The predictions per task are those of
+    the image's first m, with m its labels of this task, so that they sum to the total.
+
+    Args:
+        logits: ``(batch, classes)``.
+        targets: ``(batch, classes)``, 1 where a class is present.
+        own: the task's classes.
+        owner: ``(classes,)`` the task that teaches a class.
+        seen: ``(classes,)`` bool.
+        n_tasks: tasks in the stream.
+    """
+    width = logits.shape[1]
+    present, allowed = targets[:, :width] == 1, seen[:width]
+    of_task = present[:, own]
+    wanted, asked = of_task.sum(1, keepdim=True), (present & allowed).sum(1, keepdim=True)
+    rank = logits.masked_fill(~allowed, -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(1)
+    rank_own = logits[:, own].argsort(dim=1, descending=True, stable=True).argsort(1)
+    named = torch.bincount(owner[((rank < wanted).nonzero()[:, 1])], minlength=n_tasks)
+    found, found_own = (of_task & (rank[:, own] < asked)).sum(), (of_task & (rank_own < wanted)).sum()
+    return torch.cat([torch.stack([found, wanted.sum(), found_own]), named])
 
 
 def evaluation_tasks(stream: Stream) -> Sequence[Task]:

@@ -56,7 +56,7 @@ class ContinualCallback(Callback):
 
     training: ClassVar[Literal["required", "none", "neutral"]] = "required"
     """Whether the method needs gradient steps ("required"), replaces them ("none") or only watches ("neutral")."""
-    modalities: ClassVar[tuple[str, ...]] = ("image", "text", "image-text")
+    modalities: ClassVar[tuple[str, ...]] = ("image", "multi-label", "text", "image-text")
     """What a stream's samples may be, see :attr:`cl_plugins.scenarios.TaskStream.modality`."""
 
     feature: ClassVar[Literal["untouched", "frozen", "adapted", "side"]] = "untouched"

@@ -132,8 +132,14 @@ class StreamState(Callback):
         self._pending = state_dict["random"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Go on with the random numbers where the checkpoint stopped."""
+        """Go on with the random numbers where the checkpoint stopped, and with the right epoch."""
         self.restore_random_states()
+        loop: Any = trainer.fit_loop
+        done = loop.epoch_progress.current
+        if getattr(loop, "restarted_mid_epoch", False) and done.processed == done.started:
+            # resumed behind an epoch's last step: Lightning would not count the epoch that begins now, and a second
+            # resume would train it twice
+            loop.reset_restart_stage()
 
     def restore_random_states(self) -> None:
         """Go on with the loaded random numbers now, not when training starts."""

@@ -12,6 +12,7 @@ from .from_data import stream_from
 from .instructions import InstructionStream
 from .labels import find_labels
 from .multi_domain import MTIL, XTAIL
+from .multi_label import MultiLabel
 from .references import Cumulative, Joint
 from .registry import build_scenario, data_names, load_data, scenario_info, scenario_names
 from .stream import TaskStream
@@ -28,6 +29,7 @@ __all__ = [
     "FewShot",
     "InstructionStream",
     "Joint",
+    "MultiLabel",
     "Repetition",
     "Split",
     "StreamData",

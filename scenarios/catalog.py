@@ -128,6 +128,14 @@ _GLYPH_STREAMS = (
         data="glyphs-100",
     ),
     ScenarioInfo(
+        "multilabel-glyphs",
+        "one to three characters on an image; a task shows the labels of its own classes alone",
+        "multi_label:multilabel_glyphs",
+        {},
+        "5 tasks x 4 classes; 2,000 training and 500 test images, each in every task that has one of its classes",
+        modality="multi-label",
+    ),
+    ScenarioInfo(
         "domain-glyphs",
         "the same 50 classes in four font families and four degradations",
         "glyph_domains:domain_glyphs",

@@ -224,8 +224,11 @@ class TaskView(Dataset[Any]):
                     warnings.warn(f"skipped: {error}", stacklevel=2)
         return samples
 
+    def _label(self, index: int) -> Any:
+        return int(self.labels[index])
+
     def _sample(self, index: int) -> Any:
-        label = int(self.labels[index])
+        label = self._label(index)
         if isinstance(self.source, BatchSource):
             item: Any = (self.source.read_batch(np.array([index]))[0], label)
         else:
@@ -241,7 +244,7 @@ class TaskView(Dataset[Any]):
             return self.transform(value)
         return image_tensor(value) if isinstance(value, Image.Image) else value
 
-    def _relabel(self, item: dict[str, Any], label: int) -> dict[str, Any]:
+    def _relabel(self, item: dict[str, Any], label: Any) -> dict[str, Any]:
         changed = item if self.transform is None else self.transform(item)
         key = next((k for k in ("label", "labels", "y") if k in changed), "label")
         return {**changed, key: label}

@@ -76,7 +76,8 @@ class TaskStream(LightningDataModule):
 
     name: str
     modality: str = "image"
-    """What a sample is: "image", "text", or "image-text" where classes have names to tell them by."""
+    """What a sample is: "image", "multi-label" for images with several labels, "text", or "image-text" where classes
+    have names to tell them by."""
     task_known: bool = False
     """Whether this stream's accuracy is that of a choice among the task's own classes."""
     open_vocabulary: bool = False

@@ -82,7 +82,7 @@ def test_compare_gives_mean_and_interval_over_seeds(tmp_path, capsys):
         )
     capsys.readouterr()
     assert main(["compare", str(tmp_path), "--format", "json"]) == 0
-    (row,) = json.loads(capsys.readouterr().out)
+    (row,) = json.loads(capsys.readouterr().out)["methods"]
     values = [json.loads((tmp_path / str(s) / "result.json").read_text())["average_accuracy"] for s in range(3)]
     mean = sum(values) / 3
     half = 4.302652729911275 * (sum((v - mean) ** 2 for v in values) / 2) ** 0.5 / 3**0.5

@@ -112,7 +112,8 @@ def test_a_resumed_run_goes_on_in_its_folder(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         fit_stream(trainer(Stop()), PlainModule(), tiny_stream())
     before = read_run(tmp_path / "runs" / "demo")
-    assert before.ended is None
+    assert before.ended == "failed"
+    assert "KeyboardInterrupt" in before.error
     (tmp_path / "runs" / "demo" / "events.0.0.jsonl").rename(tmp_path / "runs" / "demo" / "events.0.0.jsonl.lost")
     result = fit_stream(trainer(), PlainModule(), tiny_stream(), ckpt_path="last")
     run = read_run(tmp_path / "runs" / "demo")  # complete even without the first file: the checkpoint knew the rows

@@ -228,7 +228,9 @@ def test_methods_that_need_a_linear_classifier_are_refused(tmp_path, method):
 
 
 def test_zero_shot_needs_texts(tmp_path):
-    with pytest.raises(ValueError, match="ZeroShot works on image-text data alone, because it needs the texts"):
+    with pytest.raises(
+        ValueError, match="ZeroShot works on image-text and text data alone, because it needs the texts"
+    ):
         run_benchmark("zero-shot", "split-digits", device="cpu", out=tmp_path / "run", progress=False)
 
 

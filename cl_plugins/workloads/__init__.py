@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 from cl_plugins.backbones import create_backbone
 from cl_plugins.recipes import Recipe
 from cl_plugins.workloads.image import ImageClassifier
+from cl_plugins.workloads.multi_label import MultiLabelClassifier
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
-__all__ = ["ImageClassifier", "build_module", "unfit"]
+__all__ = ["ImageClassifier", "MultiLabelClassifier", "build_module", "unfit"]
 
 
 def build_module(recipe: Recipe, stream: Any) -> pl.LightningModule:
@@ -34,17 +35,22 @@ def build_module(recipe: Recipe, stream: Any) -> pl.LightningModule:
         from cl_plugins.workloads.vision_language import build_vision_language
 
         return build_vision_language(recipe, stream)
+    if modality == "multi-label":
+        return MultiLabelClassifier(create_backbone(recipe.backbone, stream.n_classes, recipe.pretrained), recipe)
     if modality == "image":
         return ImageClassifier(create_backbone(recipe.backbone, stream.n_classes, recipe.pretrained), recipe)
     if modality == "text":
         from cl_plugins.workloads.language import build_language
 
         return build_language(recipe, stream)
-    raise ValueError(f"`modality` of a stream must be image, image-text or text, got {modality!r} of {stream.name!r}")
+    raise ValueError(
+        f"`modality` of a stream must be image, multi-label, image-text or text, got {modality!r} of {stream.name!r}"
+    )
 
 
 _REASONS = {
     "image": "it needs the texts of the classes",
+    "multi-label": "it needs one label per sample",
     "text": "it acts on a classifier, and the model here generates text",
     "image-text": "it acts on a linear classifier behind an image backbone, and the model here classifies by texts",
 }
