@@ -27,6 +27,8 @@ SCHEMA = 1
 """Version of the event format that this library writes and fully understands."""
 
 _FORBIDDEN = re.compile(r"[/\\\x00-\x1f\x7f]")
+_LOCKED_BYTE = (1 << 31) - 2
+"""Windows locks bytes against readers as well, so the lock is on one that no file reaches."""
 _EVENT_FILE = re.compile(r"events\.(\d+)\.(\d+)\.jsonl")
 
 
@@ -112,6 +114,16 @@ def encode_event(event: Mapping[str, Any]) -> bytes:
 def _lock(descriptor: int) -> bool:
     """Hold the file for this process until it ends, however it ends; False when another one holds it."""
     if sys.platform == "win32":
+        import msvcrt
+
+        position = os.lseek(descriptor, 0, os.SEEK_CUR)
+        os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        finally:
+            os.lseek(descriptor, position, os.SEEK_SET)
         return True
     import fcntl
 
