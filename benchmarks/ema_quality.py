@@ -29,6 +29,7 @@ from cl_plugins.benchmark import quiet_lightning
 from cl_plugins.callbacks import BalancedEMA
 from cl_plugins.causal_lm import CausalLM, LanguageModule
 from cl_plugins.ema_rules import make_rule
+from cl_plugins.lm_bytes import LM_BYTES, create_lm_bytes
 from cl_plugins.scenarios import DomainIncremental, InstructionStream
 from cl_plugins.scenarios.digits import load_digit_images
 from cl_plugins.scenarios.instruction_rules import RULES
@@ -37,7 +38,7 @@ from cl_plugins.scenarios.instructions import DEFAULT_RULES
 METHODS: dict[str, dict[str, Any] | None] = {
     "plain": None,
     **{f"fixed {d}": {"rule": "fixed", "decay": d} for d in (0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)},
-    **{f"horizon {k}": {"rule": "horizon", "keep": k} for k in (0.4, 0.5, 0.6, 0.7)},
+    **{f"horizon {k}": {"rule": "horizon", "keep": k} for k in (0.05, 0.1, 0.2, 0.4, 0.5, 0.6, 0.7)},
     "released": {"rule": "released"},
     "toolbox": {"rule": "toolbox"},
     "eq45": {"rule": "eq45"},
@@ -126,7 +127,8 @@ def run(stream_name: str, method: str, size: int, seed: int, arguments: argparse
         pl.seed_everything(seed, verbose=False)
         module = Perceptron(size)
     else:
-        base = pretrained(size, arguments.pretrain, folder, arguments.device)
+        bundled = size == LM_BYTES["dim"] and not arguments.pretrain
+        base = create_lm_bytes() if bundled else pretrained(size, arguments.pretrain or 3000, folder, arguments.device)
         options = {"n_train": arguments.train, "n_test": arguments.test, "order_seed": seed, "data_seed": seed}
         stream, epochs = InstructionStream(list(DEFAULT_RULES), **options), arguments.epochs or 2
         module = LanguageModule(base, lr=1e-3)
@@ -191,7 +193,12 @@ def main() -> None:
     parser.add_argument("--step", type=float, default=12.0, help="rotations: degrees from task to task")
     parser.add_argument("--train", type=int, default=2000, help="instructions: examples per task")
     parser.add_argument("--test", type=int, default=100, help="instructions: test prompts per task")
-    parser.add_argument("--pretrain", type=int, default=3000, help="instructions: steps of the base model")
+    parser.add_argument(
+        "--pretrain",
+        type=int,
+        default=0,
+        help="instructions: steps of the base model; 0 for the bundled one at its own width, else 3000",
+    )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--out", type=Path, default=Path("runs/ema_quality"))
     arguments = parser.parse_args()

@@ -226,8 +226,13 @@ class BalancedEMA(ContinualCallback):
         state, self._loaded = self._loaded, None
         self.average.end()
         if self._is_active():
-            self.average.averager.total_steps = self._steps(trainer)
             self.average.begin(pl_module, None if state is None else state["average"])
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Count the task's steps; earlier it would build the loaders before a resumed position is known."""
+        super().on_train_start(trainer, pl_module)
+        if self.average.running:
+            self.average.averager.total_steps = self._steps(trainer)
 
     def _others(self, trainer: pl.Trainer) -> list[BalancedEMA]:
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
@@ -235,7 +240,7 @@ class BalancedEMA(ContinualCallback):
 
     def _steps(self, trainer: pl.Trainer) -> int | None:
         if self.rule.name != "horizon":
-            return None  # counting would build the loaders early
+            return None
         steps = trainer.estimated_stepping_batches
         count = int(steps) if steps != float("inf") else None
         self.rule.constant(count)

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -184,8 +185,6 @@ class StreamCheckpoint(Checkpoint):
 
 def between_tasks(trainer: pl.Trainer, module: pl.LightningModule, stream: Stream) -> dict[str, Any]:
     """A checkpoint without optimizers, which the next task builds anew; keys as in Lightning's."""
-    import pytorch_lightning
-
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     loops = trainer.fit_loop.state_dict()
     loops["state_dict"] = {}  # the finished task's loader
@@ -193,7 +192,7 @@ def between_tasks(trainer: pl.Trainer, module: pl.LightningModule, stream: Strea
         KIND: True,
         "epoch": 0,
         "global_step": trainer.global_step,
-        "pytorch-lightning_version": pytorch_lightning.__version__,
+        "pytorch-lightning_version": version("pytorch-lightning"),
         "state_dict": module.state_dict(),
         "loops": {"fit_loop": loops},
         "callbacks": {c.state_key: state for c in callbacks if (state := c.state_dict())},

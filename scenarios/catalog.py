@@ -170,6 +170,24 @@ SCENARIOS += (
         "6 tasks x 500 training and 100 test prompts",
         modality="text",
     ),
+    ScenarioInfo(
+        "coin",
+        "CoIN, eight kinds of questions about images, texts alone (images are not read), scored by exact match",
+        "text_benchmarks:coin",
+        {},
+        "8 tasks, as many prompts as the files hold",
+        "root= with one folder per task, each with train.json and test.json",
+        modality="text",
+    ),
+    ScenarioInfo(
+        "trace",
+        "TRACE, eight text tasks, scored by exact match",
+        "text_benchmarks:trace",
+        {},
+        "8 tasks, as many prompts as the files hold",
+        "root= with one folder per task, each with train.json and test.json",
+        modality="text",
+    ),
 )
 
 for _data in DATA:

@@ -139,6 +139,8 @@ class InstructionStream(TaskStream):
             raise ValueError(
                 "`tasks` must be names of folders, or None, beside `root`, got text tasks; give one of the two"
             )
+        if root is None and format != "jsonl":
+            raise ValueError(f"`root` must be a folder of files in format {format!r}, got None")
         data_seed = check_seed("data_seed", data_seed)
         if root is not None:
             made = read_tasks(root, None if tasks is None else [str(t) for t in tasks], format)

@@ -39,10 +39,10 @@ class _Targets:
         self.matrix, self.classes = matrix, None if classes is None else list(classes)
 
     def __getitem__(self, index: Any) -> NDArray[np.float32]:
-        rows = self.matrix[index].astype(np.float32)
+        rows: NDArray[np.float32] = self.matrix[index].astype(np.float32)
         if self.classes is None:
             return rows
-        shown = np.full_like(rows, -1)
+        shown: NDArray[np.float32] = np.full_like(rows, -1)
         shown[..., self.classes] = rows[..., self.classes]
         return shown
 

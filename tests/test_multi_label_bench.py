@@ -19,7 +19,7 @@ def test_methods_that_serve_it(method, tmp_path):
 
 @pytest.mark.parametrize("method", ["ovor", "ranpac", "lst"])
 def test_methods_that_need_one_label_are_refused(method, tmp_path):
-    with pytest.raises(ValueError, match="must work on multi-label data.*one label per sample"):
+    with pytest.raises(ValueError, match=r"must work on multi-label data.*one label per sample"):
         run_benchmark(method, "multilabel-glyphs", data=TINY, out=tmp_path, device="cpu", progress=False)
 
 

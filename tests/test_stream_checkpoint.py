@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cl_plugins import fit_stream
-from cl_plugins.callbacks import ForgettingDashboard, ForgettingTracker, MaskedHead, StreamCheckpoint
+from cl_plugins.callbacks import BalancedEMA, ForgettingDashboard, ForgettingTracker, MaskedHead, StreamCheckpoint
 from cl_plugins.checkpoint_files import checkpoint_files, damage, newest_intact, publish
 from cl_plugins.plugin import ContinualCallback
 from cl_plugins.runs import read_run
@@ -256,3 +256,14 @@ def test_collected_gradients_wait_for_the_optimizer_step(tmp_path):
     with pytest.raises(RuntimeError, match="power failure"):
         _run(tmp_path / "b", Fail(step=7), every_n_steps=1, **options)
     _same(expected, _run(tmp_path / "b", resume=True, **options), tmp_path / "b")
+
+
+@pytest.mark.parametrize("step", [10, 13])
+def test_an_average_that_counts_its_steps_goes_on_inside_a_task(tmp_path, step):
+    def average():  # counting the steps must not build the loaders before the position in them is known
+        return BalancedEMA("horizon", keep=0.5, active="after_first")
+
+    whole = _run(tmp_path / "whole", average())
+    with pytest.raises(RuntimeError, match="power failure"):
+        _run(tmp_path / "cut", average(), Fail(step=step), every_n_steps=1)
+    _same(whole, _run(tmp_path / "cut", average(), resume=True, every_n_steps=1), tmp_path / "cut")

@@ -135,7 +135,8 @@ class AlphaSide(SideNetwork):
             return base * own
         if self.film is not None:
             gamma, beta = self.film(own).chunk(2, 1)
-            return (1 + gamma) * base + beta
+            shifted: Tensor = (1 + gamma) * base + beta
+            return shifted
         assert self.mlp is not None
         merged: Tensor = self.mlp(torch.cat([base, own], 1))
         return merged

@@ -78,6 +78,7 @@ def build_language(recipe: Recipe, stream: Any) -> InstructionTuner:
     if recipe.pretrained:
         model = AutoModelForCausalLM.from_pretrained(recipe.backbone)
     else:
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(recipe.backbone))
+        build: Any = AutoModelForCausalLM.from_config
+        model = build(AutoConfig.from_pretrained(recipe.backbone))
     stream.use_tokenizer(HubTokenizer(AutoTokenizer.from_pretrained(recipe.backbone)))
     return InstructionTuner(model, recipe)

@@ -1,0 +1,338 @@
+"""Many benchmark runs: methods x scenarios x seeds, each in a process of its own, resumable after any stop.
+
+The job list is a file, ``sweep.json``; a job is done when its folder holds a ``result.json`` of exactly this job. A
+process that crashes, or is killed for its memory, costs its own job alone; a job that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from cl_plugins._reading import read_json
+from cl_plugins._text import did_you_mean
+from cl_plugins.recipes import load_recipe, with_options
+
+_POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep.
+
+    Attributes:
+        method: a recipe.
+        scenario: a registered stream.
+        seed: of initialization and data order.
+        order_seed: shuffles the classes over the tasks; None for the scenario's own order.
+        epochs: per task; None for the recipe's.
+        device: "auto", "cpu", "cuda" or "mps".
+        options: as ``--set``.
+        data: as ``--data``.
+    """
+
+    method: str
+    scenario: str
+    seed: int = 0
+    order_seed: int | None = None
+    epochs: int | None = None
+    device: str = "auto"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Name of the run's folder.
+
+        Example:
+            >>> Job("ovor", "split-digits", 1, 2).name
+            'split-digits_ovor_seed1_order2'
+        """
+        order = "" if self.order_seed is None else f"_order{self.order_seed}"
+        return f"{self.scenario}_{self.method}_seed{self.seed}{order}"
+
+    def command(self, folder: Path) -> list[str]:
+        """The command line that runs it and that a user can repeat."""
+        words = [sys.executable, "-m", "cl_plugins.cli", "run", "--method", self.method, "--scenario", self.scenario]
+        words += ["--seed", str(self.seed), "--device", self.device, "--out", str(folder), "--quiet", "--resume"]
+        for flag, value in (("--order-seed", self.order_seed), ("--epochs", self.epochs)):
+            words += [] if value is None else [flag, str(value)]
+        for flag, pairs in (("--set", self.options), ("--data", self.data)):
+            for key, value in pairs.items():
+                words += [flag, f"{key}={yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}"]
+        return words
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A job that did not finish.
+
+    Attributes:
+        job: which one.
+        status: exit status of its process; negative for a signal.
+        message: last line that it printed.
+        log: all that it printed.
+    """
+
+    job: Job
+    status: int
+    message: str
+    log: Path
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What became of the jobs.
+
+    Attributes:
+        folder: where everything is.
+        finished: jobs with a result, those of earlier starts included.
+        failed: the others.
+        skipped: how many of ``finished`` were there before.
+    """
+
+    folder: Path
+    finished: tuple[Job, ...]
+    failed: tuple[Failure, ...]
+    skipped: int
+
+
+def plan(
+    methods: Sequence[str],
+    scenarios: Sequence[str],
+    seeds: int | Sequence[int] = 3,
+    orders: Literal["own", "seed"] | Sequence[int] = "seed",
+    **common: Any,
+) -> list[Job]:
+    """The jobs of a sweep, seed by seed, so that the first results are of all methods.
+
+    Args:
+        methods: recipes.
+        scenarios: registered streams.
+        seeds: their number, counted from 0, or the seeds.
+        orders: class orders: "own" for the scenario's, "seed" for one drawn by each run's seed, or order seeds, which
+            are crossed with the seeds.
+        common: further fields of :class:`Job`, the same for all.
+
+    Raises:
+        ValueError: for nothing to do, an unknown method or scenario, or an option that a method does not take.
+
+    Example:
+        >>> [job.name for job in plan(["ovor"], ["split-digits"], seeds=2)]
+        ['split-digits_ovor_seed0_order0', 'split-digits_ovor_seed1_order1']
+    """
+    import importlib
+
+    known = importlib.import_module("cl_plugins.scenarios").scenario_names()
+    for scenario in scenarios:
+        if scenario not in known:
+            raise ValueError(
+                f"`scenarios` must hold known scenarios, got {scenario!r}{did_you_mean(str(scenario), known)}"
+            )
+    for method in methods:
+        with_options(load_recipe(method), common.get("options") or {})  # refuses what is unknown
+    chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    if not methods or not scenarios or not chosen:
+        raise ValueError(
+            f"`methods`, `scenarios` and `seeds` must hold one each at least, got {methods!r}, {scenarios!r}, {seeds!r}"
+        )
+    jobs = []
+    for seed in chosen:
+        drawn: list[int | None] = [None] if orders == "own" else [seed] if orders == "seed" else list(orders)
+        jobs += [Job(m, s, seed, order, **common) for order in drawn for s in scenarios for m in methods]
+    names = [job.name for job in jobs]
+    twice = sorted({n for n in names if names.count(n) > 1})
+    if twice:
+        raise ValueError(f"`methods`, `scenarios` and `seeds` must not repeat themselves, got {twice[0]!r} twice")
+    return jobs
+
+
+def is_done(job: Job, folder: Path) -> bool:
+    """Whether the job's folder holds the result of exactly this job.
+
+    Raises:
+        ValueError: when it holds the result of another one, as after a change of the settings.
+    """
+    path = folder / job.name / "result.json"
+    if not path.is_file():
+        return False
+    result = read_json(path)
+    theirs = (
+        {k: result.get(k) for k in ("method", "scenario", "seed", "order_seed")} if isinstance(result, dict) else {}
+    )
+    ours = {k: getattr(job, k) for k in theirs}
+    if theirs != ours or not theirs:
+        raise ValueError(f"{str(path)!r} must be the result of {job.name!r}, got one of {theirs!r}; use another folder")
+    return True
+
+
+def _remember(jobs: Sequence[Job], folder: Path) -> None:
+    """Write the job list; a job of an earlier start must not come back with other settings."""
+    from cl_plugins.result import write_json
+
+    path = folder / "sweep.json"
+    listed = {job.name: asdict(job) for job in jobs}
+    if path.is_file():
+        before = read_json(path)
+        earlier = {j["name"]: j["job"] for j in before["jobs"]}
+        for name, job in listed.items():
+            plain = json.loads(json.dumps(job))
+            if name in earlier and earlier[name] != plain:
+                changed = next(k for k in plain if plain[k] != earlier[name].get(k))
+                raise ValueError(
+                    f"`{changed}` must stay as it was for {name!r} in {str(folder)!r}, {earlier[name].get(changed)!r},"
+                    f" got {plain[changed]!r}; use another folder"
+                )
+        listed = {**earlier, **listed}
+    write_json(path, {"schema": 1, "jobs": [{"name": n, "job": j} for n, j in listed.items()]})
+
+
+def _last_line(log: Path) -> str:
+    lines = [x for x in log.read_text(encoding="utf-8", errors="replace").splitlines() if x.strip()]
+    return lines[-1][:300] if lines else "it printed nothing"
+
+
+def run_job(job: Job, folder: Path, threads: int | None) -> subprocess.Popen[bytes]:
+    """Start a job's process; what it prints goes to ``<name>.log``."""
+    environment = dict(os.environ)
+    if threads is not None:
+        environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    with (folder / f"{job.name}.log").open("ab") as log:
+        return subprocess.Popen(
+            job.command(folder / job.name), stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+            env=environment, start_new_session=True,
+        )  # fmt: skip
+
+
+def _local(jobs: Sequence[Job], folder: Path, n_jobs: int, threads: int | None) -> Iterator[tuple[str, Job, int]]:
+    """Events ``(kind, job, status)`` of a pool of processes on this machine."""
+    waiting, running = list(jobs), dict[str, tuple[Job, subprocess.Popen[bytes]]]()
+    try:
+        while waiting or running:
+            while waiting and len(running) < n_jobs:
+                job = waiting.pop(0)
+                running[job.name] = (job, run_job(job, folder, threads))
+                yield "started", job, 0
+            for name, (job, process) in list(running.items()):
+                status = process.poll()
+                if status is not None:
+                    del running[name]
+                    yield "ended", job, status
+            time.sleep(_POLL_SECONDS)
+    finally:
+        for _, process in running.values():  # they save what they have
+            process.terminate()
+        for _, process in running.values():
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def _ray(jobs: Sequence[Job], folder: Path, threads: int | None, address: str | None) -> Iterator[tuple[str, Job, int]]:
+    """The same on a Ray cluster whose machines share ``folder``."""
+    try:
+        import ray
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("`engine` 'ray' needs the package ray; pip install 'cl-plugins[ray]'") from error
+    mine = not ray.is_initialized()
+    if mine:
+        ray.init(address=address, log_to_driver=False)
+
+    def execute(job: Job) -> int:
+        return run_job(job, folder, threads).wait()
+
+    # a failed process is a status here, so Ray must not try again on its own
+    remote = ray.remote(num_cpus=threads or 1, max_retries=0)(execute)
+    waiting = {remote.remote(job): job for job in jobs}
+    try:
+        for job in waiting.values():
+            yield "started", job, 0
+        while waiting:
+            (done,), _ = ray.wait(list(waiting), num_returns=1)
+            job = waiting.pop(done)
+            try:
+                status = int(ray.get(done))
+            except ray.exceptions.RayError as error:
+                with (folder / f"{job.name}.log").open("a", encoding="utf-8") as log:
+                    log.write(f"{type(error).__name__}: {error}\n")
+                status = -1
+            yield "ended", job, status
+    finally:
+        for reference in waiting:
+            ray.cancel(reference)
+        if mine:
+            ray.shutdown()
+
+
+def run_sweep(
+    jobs: Sequence[Job],
+    out: str | Path,
+    *,
+    n_jobs: int = 1,
+    threads: int | None = 1,
+    engine: Literal["local", "ray"] = "local",
+    address: str | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> SweepResult:
+    """Run the jobs that have no result yet.
+
+    Args:
+        jobs: see :func:`plan`.
+        out: folder of the sweep, with one folder a run, shared by all machines.
+        n_jobs: processes at a time, with the local engine; Ray takes as many as it has processors for.
+        threads: of each process; None leaves it to torch.
+        engine: "local", or "ray" for a cluster.
+        address: of the Ray cluster; None starts one here.
+        tell: is given a line whenever something changes.
+
+    Returns:
+        What became of the jobs; a failed one does not stop the others.
+
+    Raises:
+        ValueError: for settings out of range, or a folder with other settings.
+        KeyboardInterrupt: on Ctrl-C, after the running jobs were asked to save and end.
+    """
+    if isinstance(n_jobs, bool) or not isinstance(n_jobs, int) or n_jobs < 1:
+        raise ValueError(f"`n_jobs` must be an integer of 1 or more, got {n_jobs!r}")
+    if threads is not None and threads < 1:
+        raise ValueError(f"`threads` must be 1 or more, got {threads!r}")
+    if engine not in ("local", "ray"):
+        raise ValueError(
+            f"`engine` must be 'local' or 'ray', got {engine!r}{did_you_mean(str(engine), ('local', 'ray'))}"
+        )
+    folder = Path(out).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    open_jobs = [job for job in jobs if not is_done(job, folder)]
+    _remember(jobs, folder)
+    skipped, failed, began = len(jobs) - len(open_jobs), list[Failure](), time.monotonic()
+    ended = running = 0
+    if engine == "ray":
+        events = _ray(open_jobs, folder, threads, address)
+    else:
+        events = _local(open_jobs, folder, n_jobs, threads)
+    for kind, job, status in events:
+        if kind == "started":
+            running += 1
+            continue
+        running, ended = running - 1, ended + 1
+        ok = status == 0 and is_done(job, folder)
+        if not ok:
+            log = folder / f"{job.name}.log"
+            failed.append(Failure(job, status, _last_line(log), log))
+        if tell is not None:
+            left = len(open_jobs) - ended
+            eta = (time.monotonic() - began) / ended * left
+            state = f"[{skipped + ended}/{len(jobs)}] {job.name} {'done' if ok else 'FAILED'}"
+            tell(f"{state}; {len(failed)} failed, {left} left, about {eta / 60:.0f} min")
+    lost = {f.job.name for f in failed}
+    return SweepResult(folder, tuple(j for j in jobs if j.name not in lost), tuple(failed), skipped)
