@@ -136,6 +136,61 @@ def test_the_joint_reference_is_reported_as_its_result_says(tmp_path):
     assert "not ranked" in page
 
 
+def damaged(tmp_path):
+    """Runs with everything that a store can hold by accident."""
+    record(tmp_path, "fine", seed=1)
+    with RunWriter(tmp_path, "holes") as writer:
+        writer.write("run", method="<i>m</i>", scenario="split-digits", seed=math.nan, order_seed=math.inf, recipe="x")
+        for j in range(4):
+            writer.write("task", index=j, name=f"t{j}", classes=[j], learned_at=None if j == 3 else j)
+        writer.write("row", after=0, correct=[3, None, 1], total=[4, None, 4])
+        writer.write("row", after=2, correct=[None, 2, 4], total=[None, 4, 4])
+        writer.write("plug", name="p/inf", task=0, value=[math.inf, math.nan, 1.0, -math.inf])
+        writer.write("plug", name="p/matrix", value=[[math.nan, 1e300], [None, -1e300]])
+        writer.write("cost", task=0, train_seconds=math.inf, trainable=math.nan, peak_bytes=-1)
+        writer.write("conf", after=0, counts=[[1, 0], [0, -1]])
+    with RunWriter(tmp_path, "newer") as writer:
+        writer.write("row", after=0, correct=[1], total=[2])
+    with writer.path.open("a") as file:
+        file.write('{"schema": 99, "kind": "row", "after": 1, "correct": [1, 2], "total": [2, 2]}\n')
+        file.write('not json\n{"schema": 1, "kind": "row", "after": 2, "corr')
+    return [read_run(tmp_path / name) for name in ("fine", "holes", "newer")]
+
+
+def test_damaged_stores_are_shown_as_far_as_they_go(tmp_path):
+    runs = damaged(tmp_path)
+    page = render_report(runs)
+    data = data_of(page)
+    assert [run["rows"] for run in data["runs"]] == [5, 3, 2]
+    holes = data["runs"][1]
+    assert holes["measures"]["average_accuracy"] is None
+    assert holes["forgotten"][0] is None
+    assert "event format 99" in page
+    assert "1 damaged line left out" in page
+    assert "Infinity" not in json.dumps(data)
+    assert "NaN" not in json.dumps(data)
+
+
+@pytest.mark.browser
+@needs_chromium
+def test_damaged_stores_log_nothing_in_any_state(tmp_path):
+    page = Page()
+    try:
+        page.open(write_report(damaged(tmp_path), tmp_path / "report.html"))
+        for selection in page.evaluate("PAGE.selections"):
+            page.choose("#selection", selection)
+            for mode in ("change", "difference", "sd", "accuracy"):
+                page.choose("#mode", mode)
+            for axis in ("age", "row"):
+                page.choose("#axis", axis)
+            for task in page.evaluate("[...document.querySelector('#task').options].map(o => o.value)"):
+                page.choose("#task", task)
+        page.wait("document.body.textContent.includes('undefined')")
+        assert page.errors == []
+    finally:
+        page.close()
+
+
 @pytest.mark.browser
 @needs_chromium
 def test_the_views_in_a_browser(tmp_path):

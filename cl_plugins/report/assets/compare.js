@@ -10,6 +10,7 @@ const groupMarker = (g) => slotMarker(PAGE.groups[g].slot);
 /* Methods are drawn beside those on the same scenario; numbers of others do not compare. */
 const scenario = () => PAGE.groups[view().runs[0].group].scenario;
 const beside = () => PAGE.groups.map((g, k) => k).filter((k) => PAGE.groups[k].scenario === scenario());
+const onTop = () => beside().sort((a, b) => (a === view().runs[0].group) - (b === view().runs[0].group)); // the shown one last
 const nearby = (r) => PAGE.groups[r.group].scenario === scenario();
 
 function groupKey(box, extra = []) {

@@ -5,7 +5,7 @@ const stream = {
     const v = view(), plot = plots.stream, lines = { xs: [], ys: [], color: [], width: [] }, bands = { xs: [], ys: [], color: [] };
     const ends = { x: [], y: [], color: [], marker: [], size: [], alpha: [] };
     this.points = [];
-    for (const g of beside()) {
+    for (const g of onTop()) {
       const { band, members } = PAGE.groups[g], own = v.runs[0].group === g, color = groupColor(g);
       if (!band.rows.length) continue;
       lines.xs.push(band.rows); lines.ys.push(band.mean); lines.color.push(color); lines.width.push(own ? 3 : 1.5);
@@ -57,7 +57,7 @@ const orders = {
     const v = view(), plot = plots.orders, lines = { xs: [], ys: [], color: [], width: [] };
     const runs = { x: [], y: [], color: [], marker: [], size: [], alpha: [] };
     this.points = [];
-    for (const g of beside()) {
+    for (const g of onTop()) {
       const piles = new Map(), own = v.runs[0].group === g;
       for (const k of PAGE.groups[g].members) {
         const r = PAGE.runs[k], y = r.measures.average_accuracy;
