@@ -27,6 +27,7 @@ SCHEMA = 1
 """Version of the event format that this library writes and fully understands."""
 
 _FORBIDDEN = re.compile(r"[/\\\x00-\x1f\x7f]")
+_LOOKED_AT_SECONDS = 0.05
 _LOCKED_BYTE = (1 << 31) - 2
 """Windows locks bytes against readers as well, so the lock is on one that no file reaches."""
 _EVENT_FILE = re.compile(r"events\.(\d+)\.(\d+)\.jsonl")
@@ -134,6 +135,28 @@ def _lock(descriptor: int) -> bool:
     return True
 
 
+def is_being_written(folder: str | Path) -> bool:
+    """Whether a live process writes the run in ``folder``; one that was killed holds nothing.
+
+    Example:
+        >>> import tempfile
+        >>> writer = RunWriter(tempfile.mkdtemp(), "demo")
+        >>> is_being_written(writer.folder)
+        True
+        >>> writer.close()
+        >>> is_being_written(writer.folder)
+        False
+    """
+    path = Path(folder) / "events.0.0.jsonl"
+    if not path.is_file():
+        return False
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        return not _lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 class RunWriter:
     """Appends events to a run's file of this process.
 
@@ -168,7 +191,11 @@ class RunWriter:
         self._torn = False
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock_file = self._open(0)
-        if not _lock(self._lock_file):
+        free = _lock(self._lock_file)
+        if not free:  # it may only have been looked at, see `is_being_written`
+            time.sleep(_LOOKED_AT_SECONDS)
+            free = _lock(self._lock_file)
+        if not free:
             os.close(self._lock_file)
             self._lock_file = -1
             raise RuntimeError(

@@ -172,8 +172,9 @@ def order_numbers(runs: Sequence[Run]) -> list[int]:
 
     def key(index: int) -> tuple[bool, float, int]:
         seed = runs[index].meta.get("order_seed")
-        known = isinstance(seed, (int, float)) and math.isfinite(seed)
-        return not known, float(seed) if known else 0.0, index
+        if isinstance(seed, (int, float)) and math.isfinite(seed):
+            return False, float(seed), index
+        return True, 0.0, index
 
     numbers = [0] * len(runs)
     for index in sorted(range(len(runs)), key=key):
