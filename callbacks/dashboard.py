@@ -17,13 +17,13 @@ import torch
 from torch import nn
 
 from cl_plugins.plugin import ContinualCallback, Row, plugins_of
+from cl_plugins.result import StreamResult
 from cl_plugins.run_writer import RunWriter, check_run_id, encode_event
 from cl_plugins.stream_state import finished_rows
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
-    from cl_plugins.result import StreamResult
     from cl_plugins.task import Stream, Task
 
 _MOST_CONFUSED = 100
@@ -167,8 +167,11 @@ class ForgettingDashboard(ContinualCallback):
         }
         digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode("utf-8")).hexdigest()
         self._write("run", **{**known, "config_hash": digest[:16], "from_task": len(rows)})
-        for task in stream.tasks:
-            self._write("task", index=task.index, name=task.name, classes=task.classes, class_names=task.class_names)
+        columns = StreamResult.for_stream(stream)  # a stream may be evaluated on other tasks than it trains on
+        for index, task in enumerate(columns.tasks):
+            learned = columns.learned_at[index] if columns.learned_at else index
+            names = {"name": task.name, "classes": task.classes, "class_names": task.class_names}
+            self._write("task", index=index, learned_at=learned, **names)
         for row in rows:
             self._record(row)
         self._flush()

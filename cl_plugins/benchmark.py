@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 import platform
 import shutil
@@ -30,10 +31,23 @@ from cl_plugins.task_length import TaskLength
 from cl_plugins.workloads import build_module
 
 
-def build_callbacks(recipe: Recipe) -> list[Any]:
-    """The recipe's callbacks, made anew."""
+def build_callbacks(recipe: Recipe, seed: int | None = None) -> list[Any]:
+    """The recipe's callbacks, made anew.
+
+    Args:
+        recipe: which callbacks, with which arguments.
+        seed: of the run; goes to callbacks with a fixed ``seed`` of their own that the recipe does not set, so that
+            runs differ in what those draw, such as a random projection. A default of None already follows the run.
+    """
     module = importlib.import_module("cl_plugins.callbacks")
-    return [getattr(module, c["class"])(**(c.get("init") or {})) for c in recipe.callbacks]
+    callbacks = []
+    for entry in recipe.callbacks:
+        kind, arguments = getattr(module, entry["class"]), dict(entry.get("init") or {})
+        own = inspect.signature(kind).parameters.get("seed")
+        if seed is not None and own is not None and own.default is not None:
+            arguments.setdefault("seed", seed)
+        callbacks.append(kind(**arguments))
+    return callbacks
 
 
 def folder_of(out: str | Path | None, method: str, scenario: str, seed: int) -> Path:
@@ -162,7 +176,7 @@ def run_benchmark(
     )
     if recipe.joint:
         stream = scenarios.Joint(stream)
-    callbacks = build_callbacks(recipe)
+    callbacks = build_callbacks(recipe, seed)
     pl.seed_everything(seed, workers=True, verbose=False)
     module = build_module(recipe, stream)
     identity = {"method": method, "scenario": scenario, "seed": seed, "order_seed": order_seed}

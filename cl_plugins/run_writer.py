@@ -27,6 +27,9 @@ SCHEMA = 1
 """Version of the event format that this library writes and fully understands."""
 
 _FORBIDDEN = re.compile(r"[/\\\x00-\x1f\x7f]")
+_LOOKED_AT_SECONDS = 0.05
+_LOCKED_BYTE = (1 << 31) - 2
+"""Windows locks bytes against readers as well, so the lock is on one that no file reaches."""
 _EVENT_FILE = re.compile(r"events\.(\d+)\.(\d+)\.jsonl")
 
 
@@ -112,6 +115,16 @@ def encode_event(event: Mapping[str, Any]) -> bytes:
 def _lock(descriptor: int) -> bool:
     """Hold the file for this process until it ends, however it ends; False when another one holds it."""
     if sys.platform == "win32":
+        import msvcrt
+
+        position = os.lseek(descriptor, 0, os.SEEK_CUR)
+        os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        finally:
+            os.lseek(descriptor, position, os.SEEK_SET)
         return True
     import fcntl
 
@@ -120,6 +133,28 @@ def _lock(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def is_being_written(folder: str | Path) -> bool:
+    """Whether a live process writes the run in ``folder``; one that was killed holds nothing.
+
+    Example:
+        >>> import tempfile
+        >>> writer = RunWriter(tempfile.mkdtemp(), "demo")
+        >>> is_being_written(writer.folder)
+        True
+        >>> writer.close()
+        >>> is_being_written(writer.folder)
+        False
+    """
+    path = Path(folder) / "events.0.0.jsonl"
+    if not path.is_file():
+        return False
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        return not _lock(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class RunWriter:
@@ -156,7 +191,11 @@ class RunWriter:
         self._torn = False
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock_file = self._open(0)
-        if not _lock(self._lock_file):
+        free = _lock(self._lock_file)
+        if not free:  # it may only have been looked at, see `is_being_written`
+            time.sleep(_LOOKED_AT_SECONDS)
+            free = _lock(self._lock_file)
+        if not free:
             os.close(self._lock_file)
             self._lock_file = -1
             raise RuntimeError(

@@ -184,6 +184,53 @@ def compare(
     ]
 
 
+class VarianceParts(NamedTuple):
+    """Where runs differ: between class orders, and between seeds under the same order.
+
+    Attributes:
+        order_sd: standard deviation between orders, 0 when seeds alone explain the differences.
+        seed_sd: standard deviation between runs of one order.
+        orders: number of orders.
+        runs: number of runs.
+    """
+
+    order_sd: float
+    seed_sd: float
+    orders: int
+    runs: int
+
+
+def variance_parts(groups: Sequence[Sequence[float]]) -> VarianceParts | None:
+    """Split the variance of runs into class orders and seeds: one-way random effects, analysis of variance.
+
+    Args:
+        groups: the runs of each order; their numbers may differ.
+
+    Returns:
+        Both parts; None with fewer than two orders, or when every order has one run, which mixes the two up.
+
+    Raises:
+        ValueError: for values that are not finite.
+
+    Example:
+        >>> parts = variance_parts([[0.80, 0.82], [0.90, 0.92]])
+        >>> round(parts.order_sd, 4), round(parts.seed_sd, 4)
+        (0.07, 0.0141)
+    """
+    kept = [[float(v) for v in group] for group in groups if len(group)]
+    if any(not math.isfinite(v) for group in kept for v in group):
+        raise ValueError(f"`groups` must hold finite numbers, got {kept!r}")
+    runs, orders = sum(map(len, kept)), len(kept)
+    if orders < 2 or runs == orders:
+        return None
+    total = statistics.fmean(v for group in kept for v in group)
+    means = [statistics.fmean(group) for group in kept]
+    within = sum((v - m) ** 2 for group, m in zip(kept, means, strict=True) for v in group) / (runs - orders)
+    between = sum(len(g) * (m - total) ** 2 for g, m in zip(kept, means, strict=True)) / (orders - 1)
+    size = (runs - sum(len(g) ** 2 for g in kept) / runs) / (orders - 1)
+    return VarianceParts(math.sqrt(max(0.0, (between - within) / size)), math.sqrt(within), orders, runs)
+
+
 def _ranks(scores: NDArray[np.float64]) -> NDArray[np.float64]:
     """Ranks within the columns of ``(systems, cells)`` from 0 for the highest score; ties share the middle."""
     higher = (scores[None, :, :] > scores[:, None, :]).sum(1)  # systems above each system
@@ -237,10 +284,12 @@ def aggregate_rankings(
             f"`scores` must hold at most {_EXACT_SYSTEMS} systems for 'kemeny', got {systems}; use 'borda'"
         )
     above = (ranks[:, None, :] < ranks[None, :, :]).sum(-1)  # cells in which the first beats the second
-    orders = list(itertools.permutations(range(systems)))
-    costs = [sum(int(above[b, a]) for a, b in itertools.combinations(order, 2)) for order in orders]
-    best = min(costs)
-    return Ranking(sums.tolist(), [o for o, cost in zip(orders, costs, strict=True) if cost == best], best, "kemeny")
+    orders = np.array(list(itertools.permutations(range(systems))))
+    costs = np.zeros(len(orders), np.int64)
+    for a, b in itertools.combinations(range(systems), 2):
+        costs += above[orders[:, b], orders[:, a]]
+    best = int(costs.min())
+    return Ranking(sums.tolist(), [tuple(o) for o in orders[costs == best].tolist()], best, "kemeny")
 
 
 def _orders_by(sums: NDArray[np.float64]) -> list[tuple[int, ...]]:

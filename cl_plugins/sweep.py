@@ -1,7 +1,8 @@
 """Many benchmark runs: methods x scenarios x seeds, each in a process of its own, resumable after any stop.
 
 The job list is a file, ``sweep.json``; a job is done when its folder holds a ``result.json`` of exactly this job. A
-process that crashes, or is killed for its memory, costs its own job alone; a job that was stopped goes on where it was.
+process that crashes, or is killed for its memory, costs its own job alone; a job that was stopped goes on where it was,
+and one that still runs, since the sweep alone was killed, is waited for.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import yaml
 from cl_plugins._reading import read_json
 from cl_plugins._text import did_you_mean
 from cl_plugins.recipes import load_recipe, with_options
+from cl_plugins.run_writer import is_being_written
 
 _POLL_SECONDS = 0.2
 
@@ -216,17 +218,31 @@ def run_job(job: Job, folder: Path, threads: int | None) -> subprocess.Popen[byt
 def _local(jobs: Sequence[Job], folder: Path, n_jobs: int, threads: int | None) -> Iterator[tuple[str, Job, int]]:
     """Events ``(kind, job, status)`` of a pool of processes on this machine."""
     waiting, running = list(jobs), dict[str, tuple[Job, subprocess.Popen[bytes]]]()
+    elsewhere = list[Job]()  # under way in the process of a sweep that was killed, or of another one
     try:
-        while waiting or running:
+        while waiting or running or elsewhere:
+            for job in [j for j in elsewhere if not is_being_written(folder / j.name)]:
+                elsewhere.remove(job)
+                waiting.insert(0, job)
             while waiting and len(running) < n_jobs:
                 job = waiting.pop(0)
-                running[job.name] = (job, run_job(job, folder, threads))
+                if is_being_written(folder / job.name):
+                    elsewhere.append(job)
+                    continue
                 yield "started", job, 0
+                if is_done(job, folder):
+                    yield "ended", job, 0
+                else:
+                    running[job.name] = (job, run_job(job, folder, threads))
             for name, (job, process) in list(running.items()):
                 status = process.poll()
                 if status is not None:
                     del running[name]
-                    yield "ended", job, status
+                    if status and is_being_written(folder / name):  # the other process took the run meanwhile
+                        elsewhere.append(job)
+                        yield "given up", job, status
+                    else:
+                        yield "ended", job, status
             time.sleep(_POLL_SECONDS)
     finally:
         for _, process in running.values():  # they save what they have
@@ -249,7 +265,14 @@ def _ray(jobs: Sequence[Job], folder: Path, threads: int | None, address: str | 
         ray.init(address=address, log_to_driver=False)
 
     def execute(job: Job) -> int:
-        return run_job(job, folder, threads).wait()
+        while True:
+            while is_being_written(folder / job.name):  # by a sweep that was killed, or another one
+                time.sleep(_POLL_SECONDS)
+            if is_done(job, folder):
+                return 0
+            status = run_job(job, folder, threads).wait()
+            if status == 0 or not is_being_written(folder / job.name):
+                return status
 
     # a failed process is a status here, so Ray must not try again on its own
     remote = ray.remote(num_cpus=threads or 1, max_retries=0)(execute)
@@ -321,8 +344,8 @@ def run_sweep(
     else:
         events = _local(open_jobs, folder, n_jobs, threads)
     for kind, job, status in events:
-        if kind == "started":
-            running += 1
+        if kind != "ended":
+            running += 1 if kind == "started" else -1
             continue
         running, ended = running - 1, ended + 1
         ok = status == 0 and is_done(job, folder)

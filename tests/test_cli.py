@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cl_plugins.benchmark import build_callbacks
 from cl_plugins.cli import main
 from cl_plugins.commands._pairs import pair
 from cl_plugins.recipes import Recipe, load_recipe, recipe_names, with_options
@@ -177,6 +178,16 @@ def test_options_reach_the_callbacks_that_take_them():
     assert with_options(load_recipe("ranpac"), {"RanPAC.seed": 4}).callbacks[0]["init"]["seed"] == 4
     with pytest.raises(ValueError, match=r"`--set Other.seed` must name an option"):
         with_options(load_recipe("ranpac"), {"Other.seed": 4})
+
+
+def test_the_seed_of_a_run_reaches_what_callbacks_draw():
+    def projection(run, **options):
+        (callback,) = build_callbacks(with_options(load_recipe("ranpac"), options), run)
+        return callback.seed
+
+    assert [projection(run) for run in (None, 0, 3)] == [0, 0, 3]
+    assert projection(3, seed=7) == 7  # what the user sets stands
+    assert all(build_callbacks(load_recipe(name), 5) is not None for name in recipe_names())
 
 
 @pytest.mark.parametrize(

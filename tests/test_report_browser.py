@@ -78,7 +78,7 @@ def test_a_task_under_the_pointer_is_highlighted_in_all_charts(page, tmp_path):
     assert page.evaluate("document.querySelector('#tip strong').textContent") == f"1: {HOSTILE}"
     page.wait("document.querySelector('tr.on')?.dataset.task === '1'")
     marked = page.evaluate(
-        "Object.keys(plots).filter(n => Object.values(part(plots[n], 'mark').data_source.data)[0].length > 0)"
+        "Object.keys(plots).filter(n => Object.values(part(plots[n], 'mark')?.data_source.data ?? {})[0]?.length > 0)"
     )
     assert {"matrix", "retention", "waterfall", "plane", "cost", "seconds", "confusion", "recency"} <= set(marked)
     accuracy = number(float(read_run(tmp_path / "a0").accuracy_matrix[3, 1]))

@@ -2,6 +2,10 @@
 
 import http.client
 import json
+import re
+import signal
+import subprocess
+import sys
 import threading
 import time
 from urllib.parse import urlsplit
@@ -120,6 +124,18 @@ def test_an_empty_folder_waits_for_its_first_run(tmp_path):
         record(tmp_path, "a")
         time.sleep(0.15)
         assert "ovor on split-digits" in ask(server)[1]
+
+
+def test_the_command_says_how_to_reach_it(tmp_path):
+    words = [sys.executable, "-u", "-m", "cl_plugins.cli", "serve", str(tmp_path), "--port", "0"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            address, forward = process.stdout.readline(), process.stdout.readline()
+        finally:
+            process.send_signal(signal.SIGINT)
+        assert process.wait(20) in (0, 130)
+    port = re.search(r"http://127\.0\.0\.1:(\d+)/", address)[1]
+    assert f"ssh -N -L {port}:127.0.0.1:{port} " in forward
 
 
 def test_wrong_folders_and_taken_ports_are_named(tmp_path):

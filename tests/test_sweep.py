@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from cl_plugins.cli import main
+from cl_plugins.run_writer import RunWriter
 from cl_plugins.sweep import Job, is_done, plan, run_sweep
 
 ROOT = Path(__file__).parent.parent
@@ -122,11 +124,24 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
     process.wait()
     stamps = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/result.json")}
     assert 1 <= len(stamps) < 4
-    time.sleep(15)  # the job under way lives on: it is a process of its own
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(list(tmp_path.glob("*/result.json"))) == 4
     assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
+
+
+def test_a_job_under_way_elsewhere_is_waited_for(tmp_path):
+    job = Job("nearest-mean", "split-digits", device="cpu")
+    writer, told = RunWriter(tmp_path, job.name), []
+    thread = threading.Thread(target=lambda: told.append(run_sweep([job], tmp_path)))
+    thread.start()
+    time.sleep(1.5)
+    assert thread.is_alive()
+    assert not (tmp_path / f"{job.name}.log").exists()  # nothing was started beside it
+    writer.close()
+    thread.join(120)
+    assert [j.name for j in told[0].finished] == [job.name]
+    assert told[0].failed == ()
 
 
 @pytest.mark.slow

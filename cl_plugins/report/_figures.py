@@ -190,6 +190,10 @@ def _plane() -> Any:
     plot.xaxis.ticker = BasicTicker()
     plot.xaxis.formatter = NumeralTickFormatter(format="0.0[0]")
     _segments(plot, "diagonal", line_color=_INK, line_dash="dashed")
+    plot.step(
+        "x", "y", source=_source("x", "y"), name="front", mode="before", line_color=_INK, line_dash="dotted",
+        line_width=2,
+    )  # fmt: skip
     plot.scatter("x", "y", source=_source("x", "y"), name="tasks", size=8, fill_alpha=0.28, line_width=1.5, color=_INK)
     _runs(plot)
     _mark(plot, "point")
@@ -215,6 +219,40 @@ def _cost() -> Any:
         line_width=1.5,
     )  # fmt: skip
     _runs(plot)
+    _mark(plot, "point")
+    return plot
+
+
+def _stream() -> Any:
+    plot = _figure("stream", 380, "after task", "average accuracy (row)")
+    plot.patches(
+        "xs", "ys", source=_source("xs", "ys", "color"), name="bands", fill_color="color", fill_alpha=0.16,
+        line_color=None,
+    )  # fmt: skip
+    plot.multi_line(
+        "xs", "ys", source=_source("xs", "ys", "color", "width"), name="lines", line_color="color", line_width="width"
+    )
+    _runs(plot)
+    _mark(plot, "point")
+    return plot
+
+
+def _orders() -> Any:
+    plot = _figure("orders", 300, "class order", "average accuracy (last row)")
+    plot.multi_line(
+        "xs", "ys", source=_source("xs", "ys", "color", "width"), name="lines", line_color="color", line_width="width"
+    )
+    _runs(plot)
+    return plot
+
+
+def _transfer() -> Any:
+    plot = _figure("transfer", 340, "task", "accuracy")
+    _segments(plot, "joins", line_color=_INK, line_dash="dotted")
+    plot.scatter(
+        "x", "y", source=_source("x", "y", "color", "marker", "size", "alpha"), name="runs", marker="marker",
+        size="size", fill_color="color", fill_alpha="alpha", line_color="color", line_width=2,
+    )  # fmt: skip
     _mark(plot, "point")
     return plot
 
@@ -252,14 +290,16 @@ def _panel(index: int) -> Any:
     return plot
 
 
-def build_figures(panels: int, confusion: bool) -> list[Any]:
+def build_figures(panels: int, confusion: bool, transfer: bool = False) -> list[Any]:
     """Every chart of the page.
 
     Args:
         panels: number of charts for what the methods report.
         confusion: whether any run recorded which tasks its predictions fell into.
+        transfer: whether any run measured a task before it was learned.
     """
     plots = [_matrix("matrix", 520, "evaluated on task", "after task"), _retention(), _waterfall(), _plane(), _cost()]
+    plots += [_stream(), _orders(), *([_transfer()] if transfer else [])]
     plots += [_bars("seconds", "seconds"), _bars("parameters", "parameters"), _bars("memory", "MiB")]
     if confusion:
         plots += [_matrix("confusion", 430, "predicted task", "true task"), _recency()]
@@ -267,9 +307,9 @@ def build_figures(panels: int, confusion: bool) -> list[Any]:
 
 
 @lru_cache(maxsize=8)
-def figures_json(panels: int, confusion: bool) -> str:
+def figures_json(panels: int, confusion: bool, transfer: bool = False) -> str:
     """The charts of a page as embedded JSON, ready for a script element; they are the same for all runs."""
-    documents, items = serialize(build_figures(panels, confusion))
+    documents, items = serialize(build_figures(panels, confusion, transfer))
     return embedded_json({"documents": documents, "items": items})
 
 

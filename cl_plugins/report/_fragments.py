@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cl_plugins.runs import Run
+from cl_plugins.stats import variance_parts
 
-from ._numbers import HEADLINE, MEASURES, UNDEFINED, Group, cost_of, number, quantity, summarize, warnings_of
+from ._numbers import (
+    HEADLINE,
+    MEASURES,
+    UNDEFINED,
+    Group,
+    class_order,
+    cost_of,
+    number,
+    quantity,
+    steps_of,
+    summarize,
+    warnings_of,
+)
 from ._text import name, text
 
 
@@ -73,7 +87,7 @@ def table(lines: Sequence[Sequence[str]]) -> str:
 
 
 def _state(run: Run) -> str:
-    done = f"{run.correct.shape[0]} of {len(run.tasks)} tasks"
+    done = f"{run.correct.shape[0]} of {steps_of(run)} tasks"
     if run.ended == "finished":
         return done
     if run.ended is not None:
@@ -91,6 +105,39 @@ def notices(runs: Sequence[Run], groups: Sequence[Group], labels: Sequence[str])
     items = "".join(f"<li>{note}</li>" for note in notes[:40])
     more = f"<li>and {len(notes) - 40} more</li>" if len(notes) > 40 else ""
     return f'<ul class="notices" role="status">{items}{more}</ul>' if notes else ""
+
+
+def orders(runs: Sequence[Run], groups: Sequence[Group], values: Sequence[dict[str, float]]) -> str:
+    """How much of the differences between runs is due to the class order, by method."""
+    lines, mixed = [], []
+    for group in groups:
+        by_order: dict[Any, list[float]] = {}
+        for i in group.members:
+            if math.isfinite(values[i]["average_accuracy"]):
+                by_order.setdefault(class_order(runs[i]), []).append(values[i]["average_accuracy"])
+        if len(by_order) < 2:
+            continue
+        parts = variance_parts(list(by_order.values()))
+        if parts is None:
+            mixed.append(group)
+            continue
+        cells = (str(parts.orders), str(parts.runs), number(parts.order_sd), number(parts.seed_sd))
+        lines.append(f"<tr><th>{name(group.label)}</th>{''.join(f'<td class=n>{c}</td>' for c in cells)}</tr>")
+    told = ""
+    if mixed:
+        told = (
+            '<p class="about">Orders and seeds change together in the runs of '
+            f"{', '.join(name(g.label) for g in mixed[:6])}{f' and {len(mixed) - 6} more' if len(mixed) > 6 else ''}:"
+            " their parts cannot be told apart. Run several seeds for each order to split them.</p>"
+        )
+    if not lines:
+        return told
+    heads = ("orders", "runs", "sd between orders", "sd between seeds")
+    head = "".join(f'<th class="n">{h}</th>' for h in heads)
+    return (
+        f"<table><thead><tr><th>average accuracy of</th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+        f'<p class="about">One-way random effects.</p>{told}'
+    )
 
 
 def _plain(value: Any) -> str:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from cl_plugins import functional
+from cl_plugins.comparison import compare_methods
 from cl_plugins.runs import Run
 from cl_plugins.stats import SeedSummary, summarize_seeds
 
@@ -86,6 +86,14 @@ MEASURES: dict[str, Measure] = {
         "the initial row or the accuracy just before learning was not measured",
         functional.forward_transfer,
     ),
+    "transfer": Measure(
+        "transfer (before learning, column first)",
+        "higher",
+        "mean over tasks after the first of the accuracy at the evaluations before the task was learned; the"
+        " evaluation before any training is not in it",
+        "a task was not evaluated before it was learned",
+        functional.transfer_accuracy,
+    ),
 }
 HEADLINE = (*list(MEASURES)[:5], "worst_task_accuracy")
 
@@ -139,6 +147,8 @@ class TaskNumbers:
     waterfall_rows: list[int]
     curve: list[float]
     curve_rows: list[int]
+    before: list[float]
+    initial: list[float]
 
 
 def task_numbers(run: Run) -> TaskNumbers:
@@ -147,7 +157,7 @@ def task_numbers(run: Run) -> TaskNumbers:
     rows, tasks = matrix.shape
     if rows == 0:
         nothing = [math.nan] * tasks
-        return TaskNumbers(nothing, nothing, nothing, [], [], [], [])
+        return TaskNumbers(nothing, nothing, nothing, [], [], [], [], nothing, _initial(run))
     at = [step if step is not None and step < rows else None for step in run.learned_at]
     learned = [math.nan if step is None else float(matrix[step, j]) for j, step in enumerate(at)]
     final = [math.nan if step is None else float(matrix[-1, j]) for j, step in enumerate(at)]
@@ -156,16 +166,31 @@ def task_numbers(run: Run) -> TaskNumbers:
     waterfall = functional.retention_waterfall(matrix, learned_at=learned_at).tolist()
     extra = [rows - 1] if stops and stops[-1] != rows - 1 else []
     curve = functional.accuracy_curve(matrix, learned_at=learned_at).tolist()
-    return TaskNumbers(learned, final, forgotten, waterfall, (stops + extra)[1:], curve, stops)
+    before = [_mean_before(matrix[:, j], step) for j, step in enumerate(at)]
+    return TaskNumbers(learned, final, forgotten, waterfall, (stops + extra)[1:], curve, stops, before, _initial(run))
+
+
+def _initial(run: Run) -> list[float]:
+    accuracy = run.initial_accuracy
+    return [math.nan] * len(run.tasks) if accuracy is None else [float(a) for a in accuracy]
+
+
+def _mean_before(column: Tensor, step: int | None) -> float:
+    """Mean of a task's accuracy over the evaluations before it was learned: its part of the transfer score."""
+    return float(column[:step].mean()) if step else math.nan
 
 
 @dataclass
 class Group:
-    """Runs of one method on one scenario: the replicates of one another."""
+    """Runs of one method on one scenario: the replicates of one another.
+
+    ``slot`` numbers the method among those of the page, so that it has one color and sign on all scenarios.
+    """
 
     method: str
     scenario: str
     members: list[int] = field(default_factory=list)
+    slot: int = 0
 
     @property
     def label(self) -> str:
@@ -174,23 +199,63 @@ class Group:
 
 
 def group_runs(runs: Sequence[Run], values: Sequence[dict[str, float]]) -> list[Group]:
-    """Runs by scenario and method; within a scenario the most accurate method stands first."""
+    """Runs by scenario and method; within a scenario the most accurate method stands first, upper bounds last."""
     groups: dict[tuple[str, str], Group] = {}
     for index, run in enumerate(runs):
         method, scenario = str(run.meta.get("method") or run.id), str(run.meta.get("scenario") or "")
         groups.setdefault((scenario, method), Group(method, scenario)).members.append(index)
 
-    def key(group: Group) -> tuple[str, float, str]:
+    def key(group: Group) -> tuple[str, bool, float, str]:
         summary = summarize(group, "average_accuracy", values)
-        return group.scenario, math.inf if summary is None else -summary.mean, group.method
+        last = all(is_reference(runs[i]) for i in group.members)
+        return group.scenario, last, math.inf if summary is None else -summary.mean, group.method
 
-    return sorted(groups.values(), key=key)
+    ordered = sorted(groups.values(), key=key)
+    slots = {method: n for n, method in enumerate(dict.fromkeys(g.method for g in ordered))}
+    for group in ordered:
+        group.slot = slots[group.method]
+    return ordered
 
 
 def summarize(group: Group, measure: str, values: Sequence[dict[str, float]]) -> SeedSummary | None:
     """Mean and interval over the runs of a group in which the measure is defined; None when it is in none."""
     defined = [v for v in (values[i].get(measure, math.nan) for i in group.members) if math.isfinite(v)]
     return summarize_seeds(defined) if defined else None
+
+
+def band_of(group: Group, numbers: Sequence[TaskNumbers]) -> dict[str, list[float]]:
+    """Average accuracy after each task over the runs of a group: rows, mean, and half of the 95 % t interval.
+
+    A row counts when it is defined in every run; the half width is NaN below three runs.
+    """
+    curves = [dict(zip(numbers[i].curve_rows, numbers[i].curve, strict=True)) for i in group.members]
+    band: dict[str, list[float]] = {"rows": [], "mean": [], "half": []}
+    for row in sorted(set.intersection(*(set(curve) for curve in curves))):
+        values = [curve[row] for curve in curves]
+        if all(math.isfinite(v) for v in values):
+            summary = summarize_seeds(values)
+            band["rows"].append(row)
+            band["mean"].append(summary.mean)
+            band["half"].append(math.nan if summary.half_width is None else summary.half_width)
+    return band
+
+
+def mean_ranks(runs: Sequence[Run], values: Sequence[dict[str, float]]) -> dict[str, float | None]:
+    """Borda's mean rank of each method by average accuracy, over runs with the same seeds and class order."""
+    results = [
+        {
+            "method": str(run.meta.get("method") or run.id),
+            "scenario": str(run.meta.get("scenario") or ""),
+            "seed": run.meta.get("seed"),
+            "order_seed": run.meta.get("order_seed"),
+            "class_order": [c for task in run.tasks for c in task.classes],
+            "recipe": run.meta.get("recipe"),
+            "average_accuracy": own["average_accuracy"],
+        }
+        for run, own in zip(runs, values, strict=True)
+    ]
+    comparison = compare_methods(results)
+    return {str(r["method"]): comparison.mean_rank(str(r["method"])) for r in results}
 
 
 def cost_of(run: Run) -> dict[str, float]:
@@ -201,6 +266,19 @@ def cost_of(run: Run) -> dict[str, float]:
         "train_seconds": float(sum(seconds)) if seconds else math.nan,
         "trainable": float(max(trainable)) if trainable else math.nan,
     }
+
+
+def is_reference(run: Run) -> bool:
+    """Whether the run trained on all tasks at once: an upper bound, not a method to rank."""
+    recipe = run.meta.get("recipe")
+    return isinstance(recipe, Mapping) and recipe.get("joint") is True
+
+
+def steps_of(run: Run) -> int:
+    """Number of tasks to train on; streams such as the joint one are evaluated on more."""
+    stream = run.meta.get("stream")
+    steps = stream.get("n_tasks") if isinstance(stream, Mapping) else None
+    return steps if isinstance(steps, int) and steps > 0 else len(run.tasks)
 
 
 def class_order(run: Run) -> tuple[tuple[int, ...], ...]:
@@ -223,7 +301,8 @@ def warnings_of(runs: Sequence[Run], groups: Sequence[Group]) -> list[str]:
         few = [f"{g.method} ({len(g.members)})" for g in of_scenario if len(g.members) < 3]
         if few and len(runs) > 1:
             notes.append(f"Fewer than 3 runs, so no interval{where}: {', '.join(few)}.")
-        lengths = {int(torch.as_tensor(runs[i].correct.shape[0])) for g in of_scenario for i in g.members}
+        members = [runs[i] for g in of_scenario for i in g.members]
+        lengths = {int(run.correct.shape[0]) for run in members if not is_reference(run)}
         if len(lengths) > 1:
             notes.append(f"The runs{where} stand at different tasks: {', '.join(map(str, sorted(lengths)))} are done.")
     return notes

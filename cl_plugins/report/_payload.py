@@ -17,7 +17,7 @@ import torch
 from cl_plugins import functional
 from cl_plugins.runs import Counts, Run
 
-from ._numbers import Group, TaskNumbers, class_order, task_numbers
+from ._numbers import Group, TaskNumbers, band_of, class_order, steps_of, task_numbers
 
 _MOST_POINTS = 400
 _MOST_PANELS = 24
@@ -146,6 +146,8 @@ def _numbers(numbers: TaskNumbers) -> dict[str, Any]:
         "waterfallRows": numbers.waterfall_rows,
         "curve": finite(numbers.curve),
         "curveRows": numbers.curve_rows,
+        "before": finite(numbers.before) if any(map(math.isfinite, numbers.before)) else [],
+        "initial": finite(numbers.initial) if any(map(math.isfinite, numbers.initial)) else [],
     }
 
 
@@ -164,11 +166,30 @@ def _recency(after: int, table: Counts) -> float | None:
     return finite([float(functional.task_recency_bias(old_and_new, seen, range(len(table))))])[0] if seen else None
 
 
+def order_numbers(runs: Sequence[Run]) -> list[int]:
+    """The class order of each run, numbered from 0 within its scenario by order seed, then as they come."""
+    seen: dict[str, dict[Any, int]] = {}
+
+    def key(index: int) -> tuple[bool, float, int]:
+        seed = runs[index].meta.get("order_seed")
+        if isinstance(seed, (int, float)) and math.isfinite(seed):
+            return False, float(seed), index
+        return True, 0.0, index
+
+    numbers = [0] * len(runs)
+    for index in sorted(range(len(runs)), key=key):
+        own = seen.setdefault(str(runs[index].meta.get("scenario") or ""), {})
+        numbers[index] = own.setdefault(class_order(runs[index]), len(own))
+    return numbers
+
+
 def payload(
     runs: Sequence[Run], groups: Sequence[Group], values: Sequence[dict[str, float]], labels: Sequence[str]
 ) -> dict[str, Any]:
     """Everything the page's script shows."""
     content: list[dict[str, Any]] = []
+    numbers = [task_numbers(run) for run in runs]
+    orders = order_numbers(runs)
     names: dict[tuple[str, ...], int] = {}
     for index, run in enumerate(runs):
         own = tuple(task.name for task in run.tasks)
@@ -179,10 +200,12 @@ def payload(
                 "names": names.setdefault(own, len(names)),
                 "tasks": len(run.tasks),
                 "rows": int(run.correct.shape[0]),
+                "steps": steps_of(run),
                 "learnedAt": run.learned_at,
                 "cells": _cells(run),
                 "measures": {k: (v if math.isfinite(v) else None) for k, v in values[index].items()},
-                **_numbers(task_numbers(run)),
+                "order": orders[index],
+                **_numbers(numbers[index]),
                 "cost": _cost(run),
                 "panels": _panels(run)[:_MOST_PANELS],
                 "confusions": _confusions(run),
@@ -200,7 +223,12 @@ def payload(
                 "label": g.label,
                 "method": g.method,
                 "members": g.members,
+                "scenario": g.scenario,
+                "slot": g.slot,
                 "orders": len({class_order(runs[i]) for i in g.members}),
+                "band": {
+                    key: finite(values) if key != "rows" else values for key, values in band_of(g, numbers).items()
+                },
             }
             for g in groups
         ],

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from cl_plugins.runs import Run
 
-from ._numbers import MEASURES, UNDEFINED, Group, cost_of, number, quantity, summarize
+from ._numbers import MEASURES, UNDEFINED, Group, cost_of, mean_ranks, number, quantity, summarize
 
 COLUMNS = (
     "average_accuracy",
@@ -19,7 +19,10 @@ COLUMNS = (
     "forgetting",
     "backward_transfer",
     "forward_transfer",
+    "transfer",
 )
+OPTIONAL = ("forward_transfer", "transfer")
+"""Left out where no run has them, as in streams that are evaluated on learned tasks alone."""
 _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
@@ -47,7 +50,9 @@ def _mean(values: Sequence[float]) -> float:
 
 def table_lines(runs: Sequence[Run], groups: Sequence[Group], values: Sequence[dict[str, float]]) -> list[list[str]]:
     """Heading and one line a method, as text cells."""
-    heading = ["method", "scenario", "n", *(MEASURES[c].name for c in COLUMNS)]
+    ranks = mean_ranks(runs, values)
+    columns = [c for c in COLUMNS if c not in OPTIONAL or any(math.isfinite(v[c]) for v in values)]
+    heading = ["method", "scenario", "n", *(MEASURES[c].name for c in columns), "mean rank (Borda)"]
     lines = [[*heading, "training seconds (mean)", "trainable parameters (max over tasks)"]]
     for group in groups:
         costs = [cost_of(runs[i]) for i in group.members]
@@ -56,7 +61,8 @@ def table_lines(runs: Sequence[Run], groups: Sequence[Group], values: Sequence[d
                 group.method,
                 group.scenario,
                 str(len(group.members)),
-                *(cell(group, c, values) for c in COLUMNS),
+                *(cell(group, c, values) for c in columns),
+                "not ranked" if (rank := ranks[group.method]) is None else f"{rank:.2f}",
                 quantity(_mean([c["train_seconds"] for c in costs])),
                 quantity(_mean([c["trainable"] for c in costs])),
             ]

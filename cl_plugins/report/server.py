@@ -7,8 +7,10 @@ or come from another site, so a web page elsewhere cannot read the runs through 
 
 from __future__ import annotations
 
+import getpass
 import hashlib
 import json
+import platform
 import threading
 import time
 from contextlib import suppress
@@ -126,7 +128,20 @@ class ReportServer:
     @property
     def url(self) -> str:
         """Where the report is."""
-        return f"http://127.0.0.1:{self._server.server_address[1]}/"
+        return f"http://127.0.0.1:{self.server_port}/"
+
+    @property
+    def ssh_line(self) -> str:
+        """What forwards the port to another machine, as this one names itself."""
+        port, user = self.server_port, "user"
+        with suppress(KeyError, OSError, ImportError):  # a container's user may have no name
+            user = getpass.getuser()
+        return f"ssh -N -L {port}:127.0.0.1:{port} {user}@{platform.node() or 'this-machine'}"
+
+    @property
+    def server_port(self) -> int:
+        """The port on 127.0.0.1."""
+        return int(self._server.server_address[1])
 
     def wait(self) -> None:
         """Block until :meth:`close` or Ctrl-C."""
@@ -201,5 +216,6 @@ def serve(root: str | Path, port: int = 8765, title: str | None = None) -> None:
     """
     with ReportServer(root, port, title) as server:
         print(f"report: {server.url} (Ctrl-C ends)", flush=True)
+        print(f"from another machine, then at the same address there: {server.ssh_line}", flush=True)
         with suppress(KeyboardInterrupt):
             server.wait()

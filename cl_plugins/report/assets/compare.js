@@ -1,13 +1,23 @@
 /* Charts over runs, and what methods report about themselves. */
 
-const groupColor = (g) => css(`--c${g % 8}`);
-const groupMarker = (g) => MARKERS[g % 8];
+/* Beyond eight, colors meet other signs, so that no two of 64 look alike. */
+const slotColor = (k) => css(`--c${k % 8}`);
+const slotMarker = (k) => MARKERS[(k + Math.floor(k / 8)) % 8];
+const slotSign = (k) => SIGNS[(k + Math.floor(k / 8)) % 8];
+const groupColor = (g) => slotColor(PAGE.groups[g].slot);
+const groupMarker = (g) => slotMarker(PAGE.groups[g].slot);
+
+/* Methods are drawn beside those on the same scenario; numbers of others do not compare. */
+const scenario = () => PAGE.groups[view().runs[0].group].scenario;
+const beside = () => PAGE.groups.map((g, k) => k).filter((k) => PAGE.groups[k].scenario === scenario());
+const onTop = () => beside().sort((a, b) => (a === view().runs[0].group) - (b === view().runs[0].group)); // the shown one last
+const nearby = (r) => PAGE.groups[r.group].scenario === scenario();
 
 function groupKey(box, extra = []) {
-  const shown = PAGE.groups.slice(0, 24).map((g, k) => {
-    const entry = make("span"), sign = make("b", SIGNS[k % 8]);
+  const shown = beside().slice(0, 24).map((k) => {
+    const g = PAGE.groups[k], entry = make("span"), sign = make("b", slotSign(g.slot));
     sign.style.color = groupColor(k);
-    entry.append(sign, make("span", `${g.label} (${g.members.length})`));
+    entry.append(sign, make("span", `${g.method} (${g.members.length})`));
     return entry;
   });
   box.replaceChildren(...extra, ...shown);
@@ -26,7 +36,7 @@ const plane = {
     this.points = [];
     PAGE.runs.forEach((r, k) => {
       const { learning_accuracy: x, stability: y } = r.measures;
-      if (!isNumber(x) || !isNumber(y)) return;
+      if (!isNumber(x) || !isNumber(y) || !nearby(r)) return;
       const own = v.members.includes(k);
       runs.x.push(x); runs.y.push(y); runs.color.push(groupColor(r.group)); runs.marker.push(groupMarker(r.group));
       runs.size.push(own ? 15 : 10); runs.alpha.push(own ? 0.85 : 0.25);
@@ -41,11 +51,14 @@ const plane = {
     });
     fill(plot, "runs", runs);
     fill(plot, "tasks", tasks);
+    const all = this.points.filter((p) => p.run !== undefined).sort((a, b) => b.x - a.x || b.y - a.y);
+    const front = all.filter((p, k) => all.slice(0, k).every((q) => q.y < p.y)).reverse();
+    fill(plot, "front", front.length > 1 ? { x: front.map((p) => p.x), y: front.map((p) => p.y) } : { x: [], y: [] });
     const [x0, x1] = fit([...runs.x, ...tasks.x]), [y0, y1] = fit([...runs.y, ...tasks.y]);
     range(plot, x0, x1, y0, y1);
     fill(plot, "diagonal", { x0: [-1], y0: [-1], x1: [2], y1: [2] });
     empty("plane", this.points.length ? "" : "nothing was evaluated yet");
-    byId("plane-about").textContent = "Small dots are tasks of what is shown above, large marks are runs. Below the dashed line accuracy was lost since learning.";
+    byId("plane-about").textContent = "Small dots are tasks of what is shown above, large marks are runs. Below the dashed line accuracy was lost since learning. Dotted: no run is both more plastic and more stable.";
     groupKey(byId("plane-key"));
   },
   near(x, y) {
@@ -79,6 +92,7 @@ const cost = {
     this.points = [];
     this.ends = [];
     PAGE.runs.forEach((r, k) => {
+      if (!nearby(r)) return;
       const own = v.members.includes(k), xs = [], ys = [], rows = [];
       const seconds = new Map(r.cost.map((c) => [c.task, c.train_seconds]));
       let sum = 0, next = 0;
@@ -194,9 +208,9 @@ function panel(index) {
           const drawn = single ? [pieces.flat()] : pieces;
           for (const piece of drawn) {
             if (!piece.length) continue;
-            lines.xs.push(piece.map((q) => q.x)); lines.ys.push(piece.map((q) => q.y)); lines.color.push(groupColor(k)); lines.dash.push(DASHES[k % 4]);
+            lines.xs.push(piece.map((q) => q.x)); lines.ys.push(piece.map((q) => q.y)); lines.color.push(slotColor(k)); lines.dash.push(DASHES[k % 4]);
             this.points.push(...piece);
-            if (piece.length <= 12) for (const q of piece) { points.x.push(q.x); points.y.push(q.y); points.color.push(groupColor(k)); points.marker.push(MARKERS[k % 8]); }
+            if (piece.length <= 12) for (const q of piece) { points.x.push(q.x); points.y.push(q.y); points.color.push(slotColor(k)); points.marker.push(slotMarker(k)); }
           }
         });
         const xs = this.points.map((q) => q.x), ys = this.points.map((q) => q.y), low = Math.min(...ys), high = Math.max(...ys), room = (high - low) * 0.1 || Math.abs(high) * 0.1 || 1;
@@ -205,8 +219,8 @@ function panel(index) {
         plot.left[0].axis_label = "";
         key.className = "key";
         key.replaceChildren(...labels.filter((l) => l).map((label, k) => {
-          const entry = make("span"), sign = make("b", SIGNS[k % 8]);
-          sign.style.color = groupColor(k);
+          const entry = make("span"), sign = make("b", slotSign(k));
+          sign.style.color = slotColor(k);
           entry.append(sign, make("span", label));
           return entry;
         }));

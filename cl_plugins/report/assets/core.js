@@ -99,10 +99,10 @@ function view(selection = state.selection) {
     return own.size === 1 ? lists[0][j] ?? `task ${j}` : `task ${j} (differs between runs)`;
   });
   const shown = {
-    selection, members, runs, rows, tasks, accuracy, sd, names, learnedAt: runs[0].learnedAt,
+    selection, members, runs, rows, tasks, steps: Math.max(...runs.map((r) => r.steps)), accuracy, sd, names, learnedAt: runs[0].learnedAt,
     label: selection[0] === "g" ? `${PAGE.groups[index].label}, mean of ${runs.length} runs` : `${PAGE.groups[runs[0].group].label}, ${runs[0].label}`,
   };
-  for (const key of ["learned", "final", "forgotten", "waterfall", "curve"]) shown[key] = runs.length === 1 ? runs[0][key] : meanLists(runs.map((r) => r[key]));
+  for (const key of ["learned", "final", "forgotten", "waterfall", "curve", "before", "initial"]) shown[key] = runs.length === 1 ? runs[0][key] : meanLists(runs.map((r) => r[key]));
   shown.waterfallRows = runs[0].waterfallRows;
   shown.measures = {};
   for (const key of Object.keys(runs[0].measures)) shown.measures[key] = mean(runs.map((r) => r.measures[key]));

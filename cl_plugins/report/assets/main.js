@@ -1,12 +1,12 @@
 /* Lists, controls, keys, and the start. */
 
-const charts = { matrix, retention, waterfall, plane, cost, seconds, parameters, memory };
+const charts = { matrix, retention, waterfall, stream, orders, plane, cost, seconds, parameters, memory };
 
 function lede() {
   const v = view(), box = byId("lede"), m = v.measures, say = (t, strong) => box.append(make(strong ? "strong" : "span", t));
   box.replaceChildren();
   if (!v.rows) return say("No task has been evaluated yet.");
-  say(`After ${v.rows} of ${v.tasks} tasks the average accuracy (last row) is `);
+  say(`After ${v.rows} of ${v.steps} tasks the average accuracy (last row) is `);
   say(fmt(m.average_accuracy), true);
   const worst = v.forgotten.map((f, j) => [f, j]).filter(([f]) => isNumber(f)).sort((a, b) => b[0] - a[0])[0];
   if (!worst || !isNumber(m.forgetting)) return say(".");
@@ -177,6 +177,7 @@ async function start() {
   for (const root of Bokeh.documents[0].roots()) plots[root.name] = root;
   cividis = Array.from(part(plots.matrix, "cells").glyph.color_mapper.palette, hex);
   if (plots.confusion) Object.assign(charts, { confusion, recency });
+  if (plots.transfer) charts.transfer = transfer;
   for (let k = 0; plots[`panel${k}`]; k++) charts[`panel${k}`] = panel(k);
   if (view().tasks > MOST_LINES) byId("axis").value = state.axis = "age";
   choices();
