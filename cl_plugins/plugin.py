@@ -22,6 +22,7 @@ from cl_plugins.task import Stream, Task
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
+    from cl_plugins.evaluation import Predict
     from cl_plugins.result import StreamResult
 
 
@@ -104,6 +105,10 @@ class ContinualCallback(Callback):
         Both callbacks of a pair are asked. What follows from :attr:`feature` and :attr:`training` need not be repeated.
         """
         return None
+
+    def predictor(self, predict: Predict) -> Predict:
+        """What the evaluation of a stream calls in place of ``predict``; the same where a method does not route."""
+        return predict
 
     def report_events(self, module: nn.Module) -> list[dict[str, Any]]:
         """Series and matrices of this method for the run store, asked for after each task."""
