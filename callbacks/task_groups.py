@@ -95,10 +95,16 @@ class TaskGroups(ContinualCallback):
         )
 
     def start_task(self, module: nn.Module, task: Task) -> None:
-        """Choose the task's group and load its weights."""
+        """Choose the task's group and load its weights.
+
+        Raises:
+            ValueError: for a task name that a group holds already, or texts that cannot be compared.
+        """
         self._task = task
         if self._fresh is None:
             self._fresh = self._copy(module)
+        if any(h["task"] == task.name for h in self.groups.history):
+            raise ValueError(f"`task` must have a name of its own, got {task.name!r} a second time")
         match = self.groups.match(self._texts_of(task))
         if not match.expanded:
             self._load(module, self.weights[match.group])

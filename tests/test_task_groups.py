@@ -162,6 +162,10 @@ def test_refusals():
     assert all_equal(before, weights_of(net))
     groups.start_task(net, Task(0, (0,), description=YES))
     groups.end_task(net, Task(0, (0,), description=YES))
+    before = weights_of(net)
+    with pytest.raises(ValueError, match="`task` must have a name of its own, got 'task 0' a second time"):
+        groups.start_task(net, Task(0, (0,), description=YES))
+    assert all_equal(before, weights_of(net))
     with pytest.raises(RuntimeError, match="`weight` must keep its shape"):
         groups.start_task(nn.Linear(3, 2), Task(1, (0,), name="b", description=YES))
     copy.deepcopy(groups.state_dict())
