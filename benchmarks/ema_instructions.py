@@ -2,7 +2,8 @@
 
 Every method sees the same tasks in the same order with the same data, so rows compare by seed. `plain` and `groups`
 come from one training: where every task gets a group of its own and starts from the last weights, groups only decide
-which weights answer. Small batches make a run short. Finished runs are kept in the folder and not repeated.
+which weights answer. Finished runs are kept in the folder and not
+repeated; a stopped one (SIGTERM) goes on where it was.
 
     python benchmarks/ema_instructions.py
     python benchmarks/ema_instructions.py --seeds 0 1 --methods "groups@0.25" "groups@0.25 + released"
@@ -13,22 +14,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import time
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import pytorch_lightning as pl
 from ema_quality import pretrained
 
 from cl_plugins import fit_stream
 from cl_plugins.benchmark import quiet_lightning
-from cl_plugins.callbacks import BalancedEMA, LoRA, TaskGroups
+from cl_plugins.callbacks import BalancedEMA, LoRA, StreamCheckpoint, TaskGroups
 from cl_plugins.causal_lm import LanguageModule
+from cl_plugins.checkpoint_files import checkpoint_files
 from cl_plugins.evaluation import evaluate_tasks
 from cl_plugins.instruction_groups import InstructionGroups
 from cl_plugins.lm_bytes import LM_BYTES, create_lm_bytes
-from cl_plugins.plugin import ContinualCallback, Row
 from cl_plugins.result import StreamResult
 from cl_plugins.scenarios import InstructionStream
 
@@ -44,21 +46,17 @@ LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "mlp.0", "mlp.2"]
 SHARED = ("plain", "groups")
 
 
-class RoutedRows(ContinualCallback):
-    """Evaluates with every sample's own group beside the evaluation with the last weights."""
-
-    training: ClassVar[Literal["required", "none", "neutral"]] = "neutral"
-
-    def __init__(self, groups: TaskGroups, stream: InstructionStream) -> None:
-        super().__init__()
-        self.groups, self.stream = groups, stream
-        self.result = StreamResult.for_stream(stream)
-
-    def on_row(self, trainer: pl.Trainer, pl_module: pl.LightningModule, row: Row) -> None:
-        """The same row, routed."""
-        predict = self.groups.routed(self.stream.predict)
-        index = len(self.result.rows)
-        self.result.rows.append(evaluate_tasks(pl_module, self.stream, index, trainer=trainer, predict=predict))
+def routed_result(
+    groups: TaskGroups, module: LanguageModule, stream: InstructionStream, trainer: pl.Trainer
+) -> StreamResult:
+    """What routing answers after each task, from the weights and texts of the groups that were there then."""
+    book, weights, result = groups.groups.groups, groups.weights, StreamResult.for_stream(stream)
+    for index in range(len(stream.tasks)):  # every task made one group
+        groups.groups.groups, groups.weights = book[: index + 1], weights[: index + 1]
+        result.rows.append(
+            evaluate_tasks(module, stream, index, trainer=trainer, predict=groups.routed(stream.predict))
+        )
+    return result
 
 
 def record_of(result: StreamResult, groups: TaskGroups | None, stream: InstructionStream) -> dict[str, Any]:
@@ -95,11 +93,8 @@ def run(method: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]
         callbacks.append(groups)
     if rule in RULES:
         callbacks.append(BalancedEMA(**RULES[rule], active="after_first" if groups is None else "reused"))
-    both = None
-    if method in SHARED:
-        assert groups is not None
-        both = RoutedRows(groups, stream)
-        callbacks.append(both)
+    saver = StreamCheckpoint(Path(a.out) / f"{settings}_{'plain' if method in SHARED else method.replace(' ', '')}")
+    callbacks.append(saver)
     pl.seed_everything(seed, verbose=False)
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -107,26 +102,28 @@ def run(method: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]
         callbacks=callbacks,
         gradient_clip_val=1.0,
         logger=False,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
     started = time.process_time()
     module = LanguageModule(base, lr=a.lr)
-    if both is None:
-        result = fit_stream(trainer, module, stream, seed=seed)
-    else:  # a function of our own is not routed
-        result = fit_stream(trainer, module, stream, seed=seed, predict=lambda m, batch: stream.predict(m, batch))
+    last = "last" if checkpoint_files(saver.folder) else None
+    routed = (
+        {} if method not in SHARED else {"predict": lambda m, batch: stream.predict(m, batch)}
+    )  # ours is not routed
+    result = fit_stream(trainer, module, stream, last, seed=seed, **routed)
     record = {**record_of(result, groups, stream), "cpu seconds": time.process_time() - started}
-    if both is None:
+    if method not in SHARED:
         file.write_text(json.dumps(record))
+        shutil.rmtree(saver.folder)
         return record
     assert groups is not None
     if not all(h["expanded"] for h in groups.groups.history):
         raise RuntimeError("`plain` shares its training with `groups` only where every task has a group of its own")
-    records = {"plain": record, "groups": record_of(both.result, groups, stream)}
+    records = {"plain": record, "groups": record_of(routed_result(groups, module, stream, trainer), groups, stream)}
     for name, values in records.items():
         (Path(a.out) / f"{settings}_{name}.json").write_text(json.dumps(values))
+    shutil.rmtree(saver.folder)
     return records[method]
 
 
@@ -138,10 +135,10 @@ def main() -> None:
     parser.add_argument("--pretrain", type=int, default=1500, help="steps of the base model of another width")
     parser.add_argument("--tuned", choices=["all", "lora"], default="all", help="which weights train")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--train", type=int, default=1200, help="examples per task")
-    parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--train", type=int, default=2000, help="examples per task")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--test", type=int, default=50)
     parser.add_argument("--out", type=Path, default=Path("runs/ema_instructions"))
     arguments = parser.parse_args()
