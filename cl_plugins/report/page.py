@@ -80,7 +80,7 @@ def report_content(runs: Sequence[Run], title: str | None = None) -> dict[str, A
         "orders": any(run["order"] for run in data["runs"]),
         "html": {
             "heading": f"<bdi>{text(heading)}</bdi>",
-            "tiles": fragments.tiles(groups, values, selections),
+            "tiles": fragments.tiles(runs, groups, values, selections),
             "notices": fragments.notices(runs, groups, labels),
             "table": fragments.table(lines),
             "orders": fragments.orders(runs, groups, values),
