@@ -7,7 +7,7 @@ from .registry import DataInfo, ScenarioInfo, register_data, register_scenario
 _GLYPHS = "characters rendered from the bundled fonts"
 _A = {"name": "imagenet-a", "title": "ImageNet-A", "source": "https://github.com/hendrycks/natural-adv-examples"}
 
-DATA = (
+DATA: tuple[DataInfo, ...] = (
     DataInfo("digits", "1,797 real handwritten digits of scikit-learn", "digits:load_digits_data"),
     DataInfo("glyphs-100", f"100 {_GLYPHS}", "glyph_data:load_glyphs", {"n_classes": 100}),
     DataInfo(
@@ -187,6 +187,37 @@ SCENARIOS += (
         "8 tasks, as many prompts as the files hold",
         "root= with one folder per task, each with train.json and test.json",
         modality="text",
+    ),
+)
+
+_MNIST = "root= with MNIST/raw, or root= and download=True (12 MB)"
+_DIGITS = "the same 10 classes; 60,000 training and 10,000 test images each"
+DATA += (DataInfo("mnist", "MNIST, 70,000 handwritten digits of 28 x 28 pixels", "mnist:load_mnist", {}, _MNIST),)
+SCENARIOS += (
+    ScenarioInfo(
+        "split-mnist",
+        "MNIST, two digits at a time",
+        "class_incremental:ClassIncremental",
+        {"data": "mnist"},
+        "5 tasks x 2 classes; 60,000 training and 10,000 test images",
+        _MNIST,
+        "mnist",
+    ),
+    ScenarioInfo(
+        "permuted-mnist",
+        "MNIST with the pixels in another order in each task, drawn by the data seed; the first as they are",
+        "mnist:permuted_mnist",
+        {},
+        f"10 tasks x {_DIGITS}",
+        _MNIST,
+    ),
+    ScenarioInfo(
+        "rotated-mnist",
+        "MNIST turned by another angle in each task, 0 to 162 degrees",
+        "mnist:rotated_mnist",
+        {},
+        f"10 tasks x {_DIGITS}",
+        _MNIST,
     ),
 )
 
