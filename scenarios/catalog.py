@@ -221,6 +221,81 @@ SCENARIOS += (
     ),
 )
 
+_TINY = "root= with tiny-imagenet-200, or root= and download=True (248 MB)"
+_CORE50 = "root= with core50_128x128"
+_MINI = "root= with miniimagenet (images, split/train.csv, split/test.csv)"
+_SHOTS = "the shots drawn by a seed, or the published ones with lists="
+DATA += (
+    DataInfo("tiny-imagenet", "Tiny-ImageNet, 110,000 small photos", "tiny_imagenet:load_tiny_imagenet", {}, _TINY),
+    DataInfo("core50", "CORe50, 164,866 frames of 50 objects in 11 sessions", "core50:load_core50", {}, _CORE50),
+    DataInfo(
+        "mini-imagenet",
+        "mini-ImageNet, 60,000 small photos of 100 classes",
+        "few_shot_benchmarks:load_mini_imagenet",
+        {},
+        _MINI,
+    ),
+)
+SCENARIOS += (
+    ScenarioInfo(
+        "split-tiny-imagenet",
+        "Tiny-ImageNet, twenty classes at a time",
+        "class_incremental:ClassIncremental",
+        {"data": "tiny-imagenet"},
+        "10 tasks x 20 classes; 100,000 training and 10,000 test images",
+        _TINY,
+        "tiny-imagenet",
+    ),
+    ScenarioInfo(
+        "core50-nc",
+        "CORe50 NC, new objects in each task",
+        "core50:core50_nc",
+        {},
+        "9 tasks, 10 + 8 x 5 classes; 119,894 training and 44,972 test images",
+        _CORE50,
+    ),
+    ScenarioInfo(
+        "core50-ni",
+        "CORe50 NI, the same 50 objects in another session in each task, tested on three sessions that are in none",
+        "core50:core50_ni",
+        {},
+        "8 tasks x the same 50 classes; 119,894 training and 44,972 test images",
+        _CORE50,
+    ),
+    ScenarioInfo(
+        "domainnet",
+        "DomainNet, the same classes in six styles from photos to drawings",
+        "domain_net:domainnet",
+        {},
+        "6 tasks x the same 345 classes; 409,832 training and 176,743 test images",
+        "root= with the six domains and the lists <domain>_train.txt and <domain>_test.txt",
+    ),
+    ScenarioInfo(
+        "fewshot-cifar100",
+        f"CIFAR-100, 60 base classes, then 5 classes with 5 images each at a time, {_SHOTS}",
+        "few_shot_benchmarks:fewshot_cifar100",
+        {},
+        "60 + 8 x 5 classes; 30,000 + 8 x 25 training and 10,000 test images",
+        _NEEDS["cifar100"],
+    ),
+    ScenarioInfo(
+        "fewshot-mini-imagenet",
+        f"mini-ImageNet, 60 base classes, then 5 classes with 5 images each at a time, {_SHOTS}",
+        "few_shot_benchmarks:fewshot_mini_imagenet",
+        {},
+        "60 + 8 x 5 classes; 30,000 + 8 x 25 training and 10,000 test images",
+        _MINI,
+    ),
+    ScenarioInfo(
+        "fewshot-cub200",
+        f"CUB-200-2011, 100 base classes, then 10 classes with 5 images each at a time, {_SHOTS}",
+        "few_shot_benchmarks:fewshot_cub200",
+        {},
+        "100 + 10 x 10 classes; all images of the base classes + 10 x 50 training and 5,788 test images",
+        _NEEDS["cub200"],
+    ),
+)
+
 for _data in DATA:
     register_data(_data)
 for _scenario in SCENARIOS:

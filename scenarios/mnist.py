@@ -2,8 +2,8 @@
 
     split-mnist     5 tasks x 2 classes in ascending order (Zenke, Poole and Ganguli, 2017, arXiv 1703.04200)
     permuted-mnist  10 tasks x the same 10 classes, the 784 pixels in another fixed order in each task, the first
-                    as they are (Goodfellow et al., 2013, arXiv 1312.6211; Kirkpatrick et al., 2017, arXiv 1612.00796; ten
-                    tasks as van de Ven and Tolias, 2019, arXiv 1904.07734)
+                    as they are (Goodfellow et al., 2013, arXiv 1312.6211; Kirkpatrick et al., 2017, arXiv 1612.00796;
+                    ten tasks as van de Ven and Tolias, 2019, arXiv 1904.07734)
     rotated-mnist   10 tasks x the same 10 classes, turned by a fixed angle in each task (Lopez-Paz and Ranzato, 2017,
                     arXiv 1706.08840, who draw 20 angles between 0 and 180 degrees; here ten at equal distances)
 
