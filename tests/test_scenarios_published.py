@@ -12,6 +12,9 @@ from torchvision.datasets import CIFAR100
 from torchvision.datasets.utils import calculate_md5
 
 from cl_plugins import fit_stream
+from cl_plugins.callbacks import ForgettingDashboard
+from cl_plugins.report._numbers import measures_of, task_numbers
+from cl_plugins.runs import read_run
 from cl_plugins.scenarios import ClassIncremental, TensorSource, build_scenario, load_data, scenario_info, tiny_imagenet
 from cl_plugins.scenarios.core50 import NAMES, new_classes
 from cl_plugins.scenarios.few_shot_benchmarks import PublishedFewShot
@@ -156,10 +159,18 @@ def test_core50_ni_has_one_test_set(tmp_path):
 def test_the_fixed_test_set_is_measured_after_each_session(tmp_path):
     stream = build_scenario("core50-ni", root=str(write_core50(tmp_path)), size=8)
     module = PlainModule(tiny_vit(50))
-    result = fit_stream(quiet_trainer(max_epochs=1, limit_train_batches=1), module, stream, seed=0)
+    dashboard = ForgettingDashboard(tmp_path / "runs", run_id="one")
+    trainer = quiet_trainer(max_epochs=1, limit_train_batches=1, callbacks=[dashboard])
+    result = fit_stream(trainer, module, stream, seed=0)
     assert result.accuracy_matrix.shape == (8, 1)
     assert result.total.flatten().tolist() == [150] * 8
     assert result.average_accuracy == result.accuracy_matrix[-1, 0]
+    assert result.average_incremental_accuracy == pytest.approx(float(result.accuracy_matrix.mean()))
+    run = read_run(tmp_path / "runs" / "one")
+    assert measures_of(run)["average_incremental_accuracy"] == pytest.approx(result.average_incremental_accuracy)
+    numbers = task_numbers(run)
+    assert numbers.curve == pytest.approx(result.accuracy_matrix[:, 0].tolist())
+    assert numbers.curve_rows == list(range(8))
 
 
 def test_core50_names_what_is_missing(tmp_path):
