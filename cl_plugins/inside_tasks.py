@@ -103,6 +103,9 @@ class InsideRow:
             and all(c <= n for c, n in zip(row.correct, row.total, strict=True))
             and list(row.tasks) == sorted(set(row.tasks))
             and row.every > 0
+            and isinstance(row.sampled, bool)
+            and isinstance(row.end, bool)
+            and isinstance(row.seconds, (int, float))
         )
         if not sound:
             raise ValueError(f"a row inside a task must hold counts from 0 to their totals, got {known!r}"[:400])
