@@ -76,7 +76,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def to_device(batch: Any, device: torch.device, like: nn.Module | None = None) -> Any:
-    """A batch with its tensors on ``device``; tuples, lists and dicts are followed.
+    """A batch with its tensors on ``device``; tuples, namedtuples, lists and dicts are followed.
 
     Args:
         batch: what a loader gave.
@@ -91,6 +91,8 @@ def to_device(batch: Any, device: torch.device, like: nn.Module | None = None) -
             return item.to(device, wanted or item.dtype, non_blocking=True)
         if isinstance(item, dict):
             return {k: move(v) for k, v in item.items()}
+        if isinstance(item, tuple) and hasattr(item, "_fields"):
+            return type(item)(*(move(v) for v in item))  # a namedtuple takes its fields one by one
         if isinstance(item, tuple | list):
             return type(item)(move(v) for v in item)
         return item
@@ -187,6 +189,42 @@ def learned_after(stream: Stream, task: int) -> int:
     return int(tell(task)) if callable(tell) else task + 1
 
 
+def class_tables(stream: Stream, upto: int) -> tuple[Tensor, Tensor]:
+    """Which task teaches a class, and which classes a prediction may name once task ``upto`` is learned.
+
+    Args:
+        stream: gives the tasks.
+        upto: index of the task that was trained last; -1 lets predictions name every class.
+
+    Returns:
+        ``(classes,)`` int64 and ``(classes,)`` bool.
+    """
+    tasks = evaluation_tasks(stream)
+    learned = len(tasks) if upto < 0 else learned_after(stream, upto)
+    owner = torch.zeros(stream.n_classes, dtype=torch.int64)
+    seen = torch.zeros(stream.n_classes, dtype=torch.bool)
+    for task in tasks:
+        owner[list(task.classes)] = task.index
+        if task.index < learned or getattr(stream, "open_vocabulary", False):
+            seen[list(task.classes)] = True
+    return owner, seen
+
+
+def forward_setting(
+    module: nn.Module, trainer: pl.Trainer | None
+) -> tuple[torch.device, AbstractContextManager[Any], Callable[[Any], Any]]:
+    """Where batches of an evaluation go: the device, the context of precision, and what moves a batch there."""
+    if trainer is None:
+        device = module_device(module)
+        return device, nullcontext(), partial(to_device, device=device, like=module)
+    device = trainer.strategy.root_device
+    module.to(device)  # Lightning moves the module to the CPU when a fit ends
+    move: Callable[[Any], Any] = partial(to_device, device=device, like=module)
+    if trainer.strategy.lightning_module is module:
+        move = partial(_as_lightning, trainer)
+    return device, trainer.precision_plugin.forward_context(), move
+
+
 def evaluate_tasks(
     module: nn.Module,
     stream: Stream,
@@ -218,23 +256,9 @@ def evaluate_tasks(
     tasks = evaluation_tasks(stream)
     learned = len(tasks) if upto < 0 else learned_after(stream, upto)
     n = len(tasks)
-    device = module_device(module) if trainer is None else trainer.strategy.root_device
-    if trainer is not None:
-        module.to(device)  # Lightning moves the module to the CPU when a fit ends
-    owner = torch.zeros(stream.n_classes, dtype=torch.int64)
-    seen = torch.zeros(stream.n_classes, dtype=torch.bool)
-    for task in tasks:
-        owner[list(task.classes)] = task.index
-        if task.index < learned or getattr(stream, "open_vocabulary", False):
-            seen[list(task.classes)] = True
-    owner, seen = owner.to(device), seen.to(device)
+    device, precision, move = forward_setting(module, trainer)
+    owner, seen = (table.to(device) for table in class_tables(stream, upto))
     chosen = [t for t in tasks if t.index < learned or future]
-    precision: AbstractContextManager[Any] = nullcontext()
-    move: Callable[[Any], Any] = partial(to_device, device=device, like=module)
-    if trainer is not None:
-        precision = trainer.precision_plugin.forward_context()
-        if trainer.strategy.lightning_module is module:
-            move = partial(_as_lightning, trainer)
     counts = torch.zeros(n, 3 + n, dtype=torch.int64, device=device)
     with evaluating(module), precision:
         for task in chosen:

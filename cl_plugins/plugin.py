@@ -8,6 +8,7 @@ hand-written loop calls the same four; the hooks below call them at the right mo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -22,6 +23,7 @@ from cl_plugins.task import Stream, Task
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
+    from cl_plugins.inside_tasks import InsideRow
     from cl_plugins.result import StreamResult
 
 
@@ -105,6 +107,10 @@ class ContinualCallback(Callback):
         """
         return None
 
+    def evaluation_weights(self, module: nn.Module) -> AbstractContextManager[None]:
+        """A block in which the module has the weights that an evaluation in the middle of a task should see."""
+        return nullcontext()
+
     def report_events(self, module: nn.Module) -> list[dict[str, Any]]:
         """Series and matrices of this method for the run store, asked for after each task."""
         return []
@@ -126,6 +132,9 @@ class ContinualCallback(Callback):
 
     def on_row(self, trainer: pl.Trainer, pl_module: pl.LightningModule, row: Row) -> None:
         """Called after the tasks so far were evaluated."""
+
+    def on_inside_row(self, trainer: pl.Trainer, pl_module: pl.LightningModule, row: InsideRow) -> None:
+        """Called after an evaluation inside a task, and again for saved ones after a resume."""
 
     def on_stream_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, result: StreamResult) -> None:
         """Called once, after the last task."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cl_plugins import functional
 from cl_plugins.evaluation import evaluation_tasks, learned_after
+from cl_plugins.inside_tasks import InsideRow, InsideTasks
 from cl_plugins.plugin import Row
 from cl_plugins.task import Stream, Task
 
@@ -66,6 +67,7 @@ class StreamResult:
         train_seconds: time in ``fit``, per task.
         trainable_parameters: number of parameters that the last task trained.
         learned_at: row after which a column counts as learned; None for row j and column j.
+        inside_tasks: evaluations inside tasks, of a :class:`~cl_plugins.callbacks.ContinualEvaluation`.
 
     Example:
         >>> row = Row(0, (9, None), (10, None), (10, None), ((10, 0), (0, 0)), 0.1)
@@ -81,6 +83,7 @@ class StreamResult:
     train_seconds: list[float] = field(default_factory=list)
     trainable_parameters: int = 0
     learned_at: list[int] | None = None
+    inside_tasks: list[InsideRow] = field(default_factory=list)
 
     @classmethod
     def for_stream(cls, stream: Stream) -> StreamResult:
@@ -144,6 +147,11 @@ class StreamResult:
     def backward_transfer(self) -> float:
         """Mean over old tasks of final accuracy minus accuracy right after learning; NaN with one task."""
         return float(functional.backward_transfer(self.accuracy_matrix, learned_at=self.learned_at))
+
+    @property
+    def inside(self) -> InsideTasks:
+        """The evaluations inside tasks with min-ACC, WC-ACC, windowed forgetting and plasticity, the stability gap."""
+        return InsideTasks(list(self.inside_tasks), len(self.tasks))
 
     @property
     def eval_seconds(self) -> float:
@@ -217,6 +225,7 @@ class StreamResult:
             "train_seconds": sum(self.train_seconds),
             "train_seconds_per_task": self.train_seconds,
             "eval_seconds": self.eval_seconds,
+            **({"inside_tasks": self.inside.to_dict()} if self.inside_tasks else {}),
         }
 
     def save(self, path: str | Path, **extra: Any) -> Path:

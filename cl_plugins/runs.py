@@ -31,6 +31,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cl_plugins.inside_tasks import InsideRow
 from cl_plugins.run_writer import SCHEMA, RunWriter, check_run_id, event_files
 
 __all__ = ["SCHEMA", "Run", "RunTask", "RunWriter", "check_run_id", "read_run", "read_runs"]
@@ -68,6 +69,7 @@ class Run:
         plug: events of the methods, the newest for each name and task.
         confusion: true task x predicted task, by row.
         cost: cost events merged by task.
+        inside: evaluations inside tasks, in order.
         alerts: alert events.
         other: events of kinds this version does not know.
         ended: "finished", "failed", or None for a run that goes on or was killed.
@@ -87,6 +89,7 @@ class Run:
     plug: list[dict[str, Any]] = field(default_factory=list)
     confusion: dict[int, Counts] = field(default_factory=dict)
     cost: dict[int, dict[str, Any]] = field(default_factory=dict)
+    inside: list[InsideRow] = field(default_factory=list)
     alerts: list[dict[str, Any]] = field(default_factory=list)
     other: list[dict[str, Any]] = field(default_factory=list)
     ended: str | None = None
@@ -183,6 +186,8 @@ class _Reader:
         self.rows: dict[tuple[int, int], dict[str, Any]] = {}  # by (rank, after)
         self.tasks: dict[int, dict[str, Any]] = {}
         self.plug: dict[tuple[str, Any], dict[str, Any]] = {}
+        self.inside: dict[tuple[int, int, bool], InsideRow] = {}
+        self.malformed = 0
 
     def restart(self, first: int, rank: int) -> None:
         """Forget what an earlier start recorded of task ``first`` and later ones."""
@@ -194,6 +199,7 @@ class _Reader:
         self.plug = {k: v for k, v in self.plug.items() if isinstance(k[1], int) and k[1] < first}
         self.run.cost = {k: v for k, v in self.run.cost.items() if k < first}
         self.run.confusion = {k: v for k, v in self.run.confusion.items() if k < first}
+        self.inside = {k: v for k, v in self.inside.items() if k[0] < first}
         self.run.alerts = [a for a in self.run.alerts if _is_index(a.get("task")) and a["task"] < first]
         if first == 0:
             self.tasks, self.run.meta, self.run.other = {}, {}, []
@@ -228,6 +234,8 @@ class _Reader:
         elif kind == "plug" and isinstance(fields.get("name"), str):
             task = fields.get("task")
             self.plug[fields["name"], task if isinstance(task, (int, str)) else None] = fields
+        elif kind == "mid":
+            self.add_inside(fields)
         elif kind == "alert":
             run.alerts.append(fields)
         elif kind == "end":
@@ -235,9 +243,22 @@ class _Reader:
         elif kind != "segment":
             run.other.append(event)
 
+    def add_inside(self, fields: dict[str, Any]) -> None:
+        """Take an evaluation inside a task; a later one at the same step wins."""
+        try:
+            row = InsideRow.from_dict(fields)
+        except ValueError:
+            self.malformed += 1
+            return
+        if max((row.task, row.seen, *row.tasks)) <= _MOST_TASKS:
+            self.inside[row.task, row.step, row.end] = row
+
     def finish(self) -> Run:
         """Build the tasks and the matrices."""
         run = self.run
+        run.inside = [row for _, row in sorted(self.inside.items())]
+        if self.malformed:
+            run.problems.append(f"{self.malformed} evaluations inside tasks are malformed and left out")
         run.plug = list(self.plug.values())
         lists = [len(v) for row in self.rows.values() for v in (row.get("correct"),) if isinstance(v, list)]
         width = max([0, *(i + 1 for i in self.tasks), *(n for n in lists if n <= _MOST_TASKS)])

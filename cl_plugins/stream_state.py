@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from cl_plugins._lightning import Callback
 from cl_plugins._reading import load_tensors
+from cl_plugins.evaluation import Predict
 from cl_plugins.plugin import Row
 from cl_plugins.result import StreamResult
 from cl_plugins.task import Stream
@@ -75,6 +78,16 @@ def set_random_states(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(states["cuda"])
 
 
+@contextmanager
+def same_randomness() -> Iterator[None]:
+    """Whatever the block draws, the global generators of torch, NumPy and Python go on as if it had not run."""
+    states = random_states()
+    try:
+        yield
+    finally:
+        set_random_states(states)
+
+
 def finished_rows(trainer: pl.Trainer) -> list[Row]:
     """The rows that a resumed stream begins with; none in a stream that starts anew."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
@@ -92,6 +105,8 @@ class StreamState(Callback):
         self.task = 0
         self.started: float | None = None
         """When the task under way began, by ``time.perf_counter``; None between tasks."""
+        self.predict: Predict | None = None
+        """How the stream under way is evaluated; None before it starts."""
         self._result: StreamResult | None = None
         self._identity: dict[str, Any] = {}
         self._pending: dict[str, Any] | None = None

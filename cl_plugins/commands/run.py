@@ -30,6 +30,15 @@ def parser() -> ArgumentParser:
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder where it was stopped")
     parser.add_argument("--save-every-steps", type=int | None, default=None, help="save inside tasks, too")
     parser.add_argument("--save-every-minutes", type=float | None, default=None, help="save inside tasks, too")
+    parser.add_argument(
+        "--eval-every", type=int | None, default=None, help="evaluate inside tasks, too, after so many optimizer steps"
+    )
+    parser.add_argument(
+        "--eval-tasks", type=int | None, default=None, help="with --eval-every: draw so many old tasks, instead of all"
+    )
+    parser.add_argument(
+        "--eval-samples", type=int | None, default=None, help="with --eval-every: at most so many samples of a task"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
 
@@ -54,6 +63,9 @@ def execute(arguments: Any) -> int:
         resume=arguments.resume,
         save_every_steps=arguments.save_every_steps,
         save_every_minutes=arguments.save_every_minutes,
+        eval_every=arguments.eval_every,
+        eval_tasks=arguments.eval_tasks,
+        eval_samples=arguments.eval_samples,
     )
     print(summary_table(result))
     print(f"\nresult  {folder / 'result.json'}\nreport  {folder / 'report.html'}")

@@ -115,7 +115,7 @@ class StabilityGap(_TraceMetric):
         stops = sorted({step for step in learned if step < rows})
         gaps = [
             functional.stability_gap(matrix[:, j], stop, after - stop)
-            for stop, after in zip(stops, [*stops[1:], rows - 1], strict=True)
+            for stop, after in zip(stops, [*stops[1:], rows - 1][: len(stops)], strict=True)
             for j, end in enumerate(learned)
             if end <= stop < after
         ]
