@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from .benchmarks import crop_transforms, data_folder
@@ -57,14 +58,14 @@ def load_tiny_imagenet(root: str | None = None, download: bool = False, size: in
 
 
 def _training(folder: Path, ids: list[str], names: list[str], how: str) -> ImageFiles:
-    paths: list[Path] = []
+    paths: list[str] = []
     labels: list[int] = []
     for label, own in enumerate(ids):
         place = folder / "train" / own / "images"
         files = image_names(place)
         if not files:
             raise FileNotFoundError(f"each class folder must hold images, got none in {str(place)!r}; {how}")
-        paths += [place / name for name in files]
+        paths += [os.path.join(place, name) for name in files]
         labels += [label] * len(files)
     return ImageFiles(paths, labels, names)
 
