@@ -12,6 +12,7 @@ from .stream_data import StreamData
 
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
+"""No sum is published beside the archive; this is the one that public loaders state."""
 FOLDER = "tiny-imagenet-200"
 
 
