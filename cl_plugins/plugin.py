@@ -23,6 +23,7 @@ from cl_plugins.task import Stream, Task
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
+    from cl_plugins.evaluation import Predict
     from cl_plugins.inside_tasks import InsideRow
     from cl_plugins.result import StreamResult
 
@@ -110,6 +111,10 @@ class ContinualCallback(Callback):
     def evaluation_weights(self, module: nn.Module) -> AbstractContextManager[None]:
         """A block in which the module has the weights that an evaluation in the middle of a task should see."""
         return nullcontext()
+
+    def predictor(self, predict: Predict) -> Predict:
+        """What the evaluation of a stream calls in place of ``predict``; the same where a method does not route."""
+        return predict
 
     def report_events(self, module: nn.Module) -> list[dict[str, Any]]:
         """Series and matrices of this method for the run store, asked for after each task."""
