@@ -34,7 +34,7 @@ class SideCallback(FrozenBackbone):
 
     Args:
         regime: "shared", "first_session", "per_task" or "per_task_dense", see :mod:`cl_plugins.adapters.side_bank`.
-        routing: "prototype", "logits" or "both": who answers in the evaluation of the per-task regimes.
+        routing: "prototype", "logits", "posterior" or "both": who answers in the evaluation of the per-task regimes.
         warm_start: begin a new task's side network with the weights of the one before.
         backbone: dotted name of the transformer, for modules with several.
         head: dotted name of the classifier, for modules where it cannot be told.

@@ -129,7 +129,9 @@ class StreamResult:
     @property
     def average_incremental_accuracy(self) -> float:
         """Mean over steps of the average accuracy at that step."""
-        return float(functional.average_incremental_accuracy(self.accuracy_matrix, learned_at=self.learned_at))
+        # a row is written after each task, also where the stream is tested on one set and learns no further column
+        matrix, learned_at = self.accuracy_matrix, self.learned_at
+        return float(functional.average_incremental_accuracy(matrix, learned_at=learned_at, every_row=True))
 
     @property
     def learning_accuracy(self) -> float:

@@ -41,7 +41,12 @@ def crop_transforms(size: int, *, squash: bool = False) -> tuple[Transform, Tran
     return train, transforms.Compose(evaluate)
 
 
-def _folder(root: str | None, name: str, how: str) -> Path:
+def data_folder(root: str | None, name: str, how: str) -> Path:
+    """The folder of data that do not come along.
+
+    Raises:
+        ValueError: without one, saying ``how`` to get them.
+    """
     if root is None:
         raise ValueError(f"`root` must be the folder with {name}, got None; {how}")
     return Path(root).expanduser()
@@ -65,7 +70,7 @@ def load_cifar(
     from torchvision.datasets import CIFAR10, CIFAR100
 
     how = "pass `download=True` to get it"
-    folder = _folder(root, kind, how)
+    folder = data_folder(root, kind, how)
     factory = {"cifar10": CIFAR10, "cifar100": CIFAR100}[kind]
     try:
         train, test = (factory(str(folder), train=part, download=download) for part in (True, False))
@@ -125,7 +130,7 @@ def load_class_folders(
         FileNotFoundError: when parts are not there.
     """
     how = f"get it from {source} and unpack it there"
-    folder = _folder(root, title, how)
+    folder = data_folder(root, title, how)
     need(title, folder, (), how)
     if download and not any(folder.iterdir()):
         raise FileNotFoundError(f"`download` must be False for {title}, which has no checksummed source; {how}")
@@ -170,7 +175,7 @@ def load_cub(root: str | None = None, download: bool = False, size: int = 224, n
         FileNotFoundError: when parts are not there, naming them.
     """
     how = "get CUB_200_2011.tgz from https://data.caltech.edu/records/65de6-vp158 and unpack it there"
-    folder = _folder(root, "CUB-200-2011", how)
+    folder = data_folder(root, "CUB-200-2011", how)
     if (folder / "CUB_200_2011").is_dir():
         folder = folder / "CUB_200_2011"
     parts = ("images", "images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt")

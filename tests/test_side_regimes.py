@@ -117,7 +117,7 @@ def test_batch_statistics_follow_the_regime():
         assert not torch.equal(means[0][0], torch.zeros(16))
 
 
-@pytest.mark.parametrize("routing", ["prototype", "logits", "both"])
+@pytest.mark.parametrize("routing", ["prototype", "logits", "posterior", "both"])
 @pytest.mark.parametrize("regime", ["per_task", "per_task_dense"])
 def test_routing_against_a_written_out_version(routing, regime):
     module = PlainModule(tiny_vit(depth=4))
@@ -157,7 +157,23 @@ def test_routing_against_a_written_out_version(routing, regime):
             torch.testing.assert_close(got, rows.masked_fill(~mask, HIDDEN_LOGIT), rtol=1e-4, atol=1e-5)
         else:
             inside = rows.unflatten(1, (3, 2)).softmax(2) * p_task[:, :, None]
-            torch.testing.assert_close(got, (rows.softmax(1) + inside.flatten(1)).log(), rtol=1e-4, atol=1e-4)
+            joint = rows.softmax(1) if routing == "both" else 0.0
+            torch.testing.assert_close(got, (joint + inside.flatten(1)).log(), rtol=1e-4, atol=1e-4)
+
+
+def test_calibration_softens_and_never_sharpens():
+    bank = started(METHODS["lst"](regime="per_task"), tasks=1).plugins["side"]
+    columns = (bank.owner == 0).nonzero()[:, 0]
+    labels = columns.repeat(50)
+    right = torch.full((len(labels), len(bank.owner)), -5.0)
+    right[torch.arange(len(labels)), labels] = 1.0  # fitted to the last sample: more certainty always costs less
+    bank.calibrate(right, labels)
+    assert bank.temperature[columns].tolist() == [1.0] * len(columns)
+    wrong = right.clone()
+    wrong[::4] = right[::4].roll(1, 1)  # a quarter is certain and wrong
+    wrong[::4, columns] = right[::4][:, columns.flip(0)]
+    bank.calibrate(wrong, labels)
+    assert (bank.temperature[columns] > 2).all()
 
 
 def test_routing_needs_a_fitted_router():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -46,7 +47,7 @@ MEASURES: dict[str, Measure] = {
         "higher",
         "mean over the evaluations after each task of the average accuracy at that time",
         "nothing was evaluated, or a learned task was not",
-        functional.average_incremental_accuracy,
+        partial(functional.average_incremental_accuracy, every_row=True),
     ),
     "forgetting": Measure(
         "forgetting (peak since learned)",
@@ -210,9 +211,13 @@ def task_numbers(run: Run) -> TaskNumbers:
     stops = sorted({step for step in at if step is not None})
     waterfall = functional.retention_waterfall(matrix, learned_at=learned_at).tolist()
     extra = [rows - 1] if stops and stops[-1] != rows - 1 else []
-    curve = functional.accuracy_curve(matrix, learned_at=learned_at).tolist()
+    curve = functional.accuracy_curve(matrix, learned_at=learned_at, every_row=True).tolist()
+    measured = (~matrix.isnan()).any(1).nonzero()[:, 0].tolist()
+    curve_rows = sorted({*stops, *(row for row in measured if stops and row > stops[0])})
     before = [_mean_before(matrix[:, j], step) for j, step in enumerate(at)]
-    return TaskNumbers(learned, final, forgotten, waterfall, (stops + extra)[1:], curve, stops, before, _initial(run))
+    return TaskNumbers(
+        learned, final, forgotten, waterfall, (stops + extra)[1:], curve, curve_rows, before, _initial(run)
+    )
 
 
 def _initial(run: Run) -> list[float]:
