@@ -7,9 +7,11 @@ import statistics
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cl_plugins import functional, metrics
 from cl_plugins.inside_tasks import InsideRow, InsideTasks, sorted_rows
 from cl_plugins.task_sampling import draw_tasks, finite_population_mean
 
@@ -72,12 +74,12 @@ def test_the_numbers_follow_their_definitions(rows):
             after = [at[k] for k in range(end_of[switch] + 1, end_of[switch + 1] + 1)]
             back = [i for i, a in enumerate(after, 1) if a >= at[end_of[switch]] and i > after.index(min(after))]
             depth = at[end_of[switch]] - min(after)
-            recovered = 0 if depth <= 0 else back[0] if back else None
-            dips.append((depth, at[end_of[switch]] - after[-1], recovered))
+            dips.append((depth, at[end_of[switch]] - after[-1], back[0] if back else None))
     near("stability_gap[depth]@every=2", statistics.fmean(d for d, _, _ in dips) if dips else None)
     near("stability_gap[residual]@every=2", statistics.fmean(r for _, r, _ in dips) if dips else None)
-    steps = [b for _, _, b in dips if b is not None]
-    near("stability_gap[recovered]@every=2", len(steps) / len(dips) if dips else None)
+    fell = [b for d, _, b in dips if d > 0]
+    steps = [b for b in fell if b is not None]
+    near("stability_gap[recovered]@every=2", len(steps) / len(fell) if fell else None)
     near("stability_gap[recovery_steps]@every=2", statistics.fmean(steps) if steps else None)
     grid = {(r.task, r.step) for r in rows if not r.end}
     means = [sum(r.correct) / N / len(r.correct) for r in trace if (r.task, r.step) in grid]
@@ -90,6 +92,10 @@ def test_what_is_undefined_says_why():
     assert ends_only.undefined()["anytime_average_accuracy@every=9"].startswith("no task was as long as 9 steps")
     never = InsideTasks([_row(2, 0, (9,), True), _row(4, 1, (3, 5)), _row(5, 1, (4, 5), True)])
     assert never.undefined() == {"stability_gap[recovery_steps]@every=2": "no dip was recovered"}
+    rose = InsideTasks([_row(2, 0, (9,), True), _row(4, 1, (9, 5)), _row(5, 1, (10, 5), True)])
+    assert rose.undefined() == {
+        f"stability_gap[{part}]@every=2": "accuracy fell after no switch" for part in ("recovered", "recovery_steps")
+    }
     first = InsideTasks([_row(2, 0, (9,))])
     assert first.metrics()["worst_case_accuracy@every=2"] == pytest.approx(9 / N)  # of the task under way
     assert "min_accuracy@every=2" in first.undefined()
@@ -161,3 +167,34 @@ def test_rows_that_are_none_are_refused(damage):
         InsideRow.from_dict({"step": 2})
     with pytest.raises(ValueError, match="must be a mapping"):
         InsideRow.from_dict([1])
+
+
+@given(st.integers(0, 10_000), st.integers(2, 8), st.integers(1, 4))
+@settings(max_examples=60, deadline=None)
+def test_all_gaps_at_once_are_those_of_each_task_and_switch(seed, rows, width):
+    draw = torch.Generator().manual_seed(seed)
+    matrix = (torch.rand(rows, width, generator=draw, dtype=torch.float64) * 8).round() / 8
+    matrix[torch.rand(rows, width, generator=draw) < 0.25] = torch.nan
+    learned = [None if int(e) == rows else int(e) for e in torch.randint(0, rows + 1, (width,), generator=draw)]
+    gaps, stops = functional.stability_gaps(matrix, learned)
+    assert stops == sorted({e for e in learned if e is not None and e < rows - 1})
+    for k, (stop, after) in enumerate(zip(stops, [*stops[1:], rows - 1][: len(stops)], strict=True)):
+        for j, end in enumerate(learned):
+            one = functional.stability_gap(matrix[:, j], stop, after - stop)
+            expected = torch.stack(one) if end is not None and end <= stop else torch.full((4,), torch.nan)
+            torch.testing.assert_close(torch.stack([g[k, j] for g in gaps]), expected.double(), equal_nan=True)
+
+
+def test_rows_written_at_once_are_those_written_one_by_one():
+    correct, total = torch.tensor([[9, 0, 0], [7, 8, 0]]), torch.tensor([[10, 0, 0], [10, 10, 0]])
+    at_once, by_row = metrics.MinAccuracy(learned_at=[0, 1]), metrics.MinAccuracy(learned_at=[0, 1])
+    at_once.update(4, 1, 3, 10)
+    at_once.update_rows(correct, total)
+    for row in range(2):
+        by_row.update_row(row, correct[row], total[row])
+    torch.testing.assert_close(at_once.matrix, by_row.matrix, equal_nan=True)
+    assert at_once.compute() == by_row.compute() == 0.7
+    with pytest.raises(ValueError, match="`correct` must lie between 0 and `total` in every cell"):
+        at_once.update_rows(total, correct)
+    with pytest.raises(ValueError, match="must be one matrix each"):
+        at_once.update_rows(correct, total[:1])
