@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,7 +30,7 @@ DEFINITIONS = {
     "windowed_plasticity": "mean over tasks of the largest rise inside a window of evaluations (WP)",
     "stability_gap[depth]": "mean over old tasks and task switches of accuracy at the switch minus the lowest before"
     " the next switch; negative where it only rose",
-    "stability_gap[recovered]": "share of these dips in which the accuracy at the switch was reached again",
+    "stability_gap[recovered]": "where accuracy fell after a switch, the share that came back before the next switch",
     "stability_gap[recovery_steps]": "evaluations that this took, where it happened",
     "stability_gap[residual]": "mean of accuracy at the switch minus accuracy at the next switch",
     "anytime_average_accuracy": "plain mean, over the evaluations at every so many steps, of the mean accuracy over the"
@@ -175,7 +176,7 @@ class InsideTasks:
         """Optimizer steps between evaluations; None without a row."""
         return self.rows[-1].every if self.rows else None
 
-    @property
+    @cached_property
     def columns(self) -> list[int]:
         """Tasks that were evaluated at least once."""
         return sorted({t for r in self.rows for t in r.tasks})
@@ -185,26 +186,31 @@ class InsideTasks:
         """Optimizer steps at each row of :attr:`trace` ``(rows,)`` int64."""
         return torch.tensor([r.step for r in self.trace], dtype=torch.int64)
 
+    @cached_property
+    def _counts(self) -> tuple[Tensor, Tensor]:
+        """Correct and total ``(rows of the trace, columns)`` int64, 0 where not measured."""
+        place = {t: k for k, t in enumerate(self.columns)}
+        table = np.zeros((2, len(self.trace), len(place)), np.int64)
+        for line, row in enumerate(self.trace):
+            where = [place[t] for t in row.tasks]
+            table[0, line, where], table[1, line, where] = row.correct, row.total
+        return torch.from_numpy(table[0]), torch.from_numpy(table[1])
+
     @property
     def matrix(self) -> Tensor:
         """Accuracy ``(rows of the trace, columns)`` float64 in [0, 1], NaN where not measured."""
-        place = {t: k for k, t in enumerate(self.columns)}
-        table = torch.full((len(self.trace), len(place)), torch.nan, dtype=torch.float64)
-        for line, row in enumerate(self.trace):
-            for task, value in row.accuracy.items():
-                table[line, place[task]] = value
-        return table
+        return functional.accuracy_matrix(*self._counts)
 
-    @property
+    @cached_property
     def learned_at(self) -> list[int | None]:
         """Per column the row of :attr:`trace` behind the end of its task.
 
         Of a task under way the number of rows; None of one that is not begun, as with an open vocabulary.
         """
-        ends = [(k, r) for k, r in enumerate(self.trace) if r.end]
+        ends = [(k, r.seen) for k, r in enumerate(self.trace) if r.end]
         begun = max((r.seen for r in self.trace), default=0)
-        open_end = [len(self.trace)]
-        return [next((k for k, r in ends if t < r.seen), None if t >= begun else open_end[0]) for t in self.columns]
+        under_way = len(self.trace)
+        return [next((k for k, seen in ends if t < seen), None if t >= begun else under_way) for t in self.columns]
 
     @property
     def nan_policy(self) -> str:
@@ -218,16 +224,16 @@ class InsideTasks:
         values = [r.average.value for r in self.trace if (r.task, r.step) in grid]
         return float(functional.anytime_accuracy(torch.tensor(values, dtype=torch.float64)))
 
+    @cached_property
     def _computed(self) -> tuple[dict[str, float | None], dict[str, str]]:
-        from cl_plugins import metrics  # needs torchmetrics' and matplotlib's start-up time
+        from cl_plugins import metrics  # torchmetrics takes a while to start
 
         numbers: dict[str, float | None] = {}
         reasons: dict[str, str] = {}
-        place = {t: k for k, t in enumerate(self.columns)}
         common: dict[str, Any] = {
             "learned_at": self.learned_at, "nan_policy": self.nan_policy, "every": self.every, "sync_on_compute": False,
         }  # fmt: skip
-        n = len(place) or None
+        n = len(self.columns) or None
         for metric in (
             metrics.MinAccuracy(n, **common),
             metrics.WorstCaseAccuracy(n, **common),
@@ -235,17 +241,12 @@ class InsideTasks:
             metrics.WindowedPlasticity(n, window=self.window, **common),
             metrics.StabilityGap(n, **common),
         ):
-            for line, row in enumerate(self.trace):
-                correct, total = torch.full((2, len(place)), -1)
-                where = [place[t] for t in row.tasks]
-                correct[where], total[where] = torch.tensor(row.correct), torch.tensor(row.total)
-                metric.update_row(line, correct, total)
+            metric.update_rows(*self._counts)
             value = metric.compute()
             for key, part in (value if isinstance(value, dict) else {metric.key: value}).items():
                 numbers[key] = float(part) if math.isfinite(float(part)) else None
                 if numbers[key] is None:
-                    never = "recovery_steps" in key and numbers.get(key.replace("recovery_steps", "depth")) is not None
-                    reasons[key] = "no dip was recovered" if never else metric.undefined or "no evaluation counts"
+                    reasons[key] = _no_dip(key, numbers) or metric.undefined or "no evaluation counts"
         key, anytime = f"anytime_average_accuracy@every={self.every}", self.anytime_average_accuracy
         numbers[key] = anytime if math.isfinite(anytime) else None
         if numbers[key] is None:
@@ -254,15 +255,15 @@ class InsideTasks:
 
     def metrics(self) -> dict[str, float | None]:
         """The numbers of continual evaluation by key; None where undefined; empty without a row."""
-        return self._computed()[0] if self.rows else {}
+        return self._computed[0] if self.rows else {}
 
     def undefined(self) -> dict[str, str]:
         """Why numbers of :meth:`metrics` are None, by key."""
-        return self._computed()[1] if self.rows else {}
+        return self._computed[1] if self.rows else {}
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values, for ``result.json``."""
-        numbers, reasons = self._computed() if self.rows else ({}, {})
+        numbers, reasons = self._computed if self.rows else ({}, {})
         rows = []
         for row in self.rows:
             value, half = (x if math.isfinite(x) else None for x in row.average)
@@ -276,6 +277,15 @@ class InsideTasks:
             " replacement; 0 where all were evaluated",
             "rows": rows,
         }
+
+
+def _no_dip(key: str, numbers: dict[str, float | None]) -> str | None:
+    """Why a recovery is undefined although dips are defined."""
+    part = next((p for p in ("recovered", "recovery_steps") if f"[{p}" in key), None)
+    if part is None or numbers.get(key.replace(part, "depth")) is None:
+        return None
+    fell = part == "recovery_steps" and numbers.get(key.replace(part, "recovered")) is not None
+    return "no dip was recovered" if fell else "accuracy fell after no switch"
 
 
 def sorted_rows(rows: Sequence[InsideRow]) -> list[InsideRow]:

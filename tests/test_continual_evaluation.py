@@ -41,7 +41,7 @@ from ._helpers import PlainModule, quiet_trainer, tiny_stream, tiny_vit
 
 
 class Noisy(PlainModule):
-    """A module that draws in training and keeps batch statistics."""
+    """A module that draws random numbers, also in evaluation, and keeps batch statistics."""
 
     def __init__(self):
         super().__init__(tiny_vit())
@@ -51,7 +51,8 @@ class Noisy(PlainModule):
         self.model.blocks[0].eval()  # one part is in eval mode all the time
 
     def forward(self, x):
-        return self.drop(self.norm(self.model(x)))
+        noise = 0 if self.training else 1e-3 * (torch.rand(1) + np.random.rand() + random.random()).item()
+        return self.drop(self.norm(self.model(x))) + noise
 
 
 METHODS = {
@@ -347,24 +348,40 @@ def test_batches_of_namedtuples_keep_their_type():
 SCRIPT = """
 import json, sys, torch
 from pytorch_lightning.strategies import DDPStrategy
+from torch import nn
 from cl_plugins import fit_stream
 from cl_plugins.callbacks import ContinualEvaluation
 from cl_plugins.plugin import ContinualCallback
-from cl_plugins.evaluation import evaluate_tasks
-from tests._helpers import PlainModule, quiet_trainer, tiny_stream
+from tests._helpers import PlainModule, image_data, quiet_trainer, tiny_stream
 
 class Watch(ContinualCallback):
     training = "neutral"
     def on_inside_row(self, trainer, pl_module, row):
-        own = evaluate_tasks(pl_module, stream, row.task, trainer=trainer)
-        assert [own.correct[t] for t in row.tasks] == list(row.correct), (row, own)
+        x, y = image_data(5, seed=1).tensors  # rank 0 counts all samples, with its own batch statistics
+        modes = {m: m.training for m in pl_module.modules()}
+        pl_module.eval()
+        with torch.no_grad():
+            named = pl_module(x)[:, : 2 * row.seen].argmax(1)
+        for m, training in modes.items():
+            m.training = training
+        right = [int((named == y)[(y // 2) == t].sum()) for t in row.tasks]
+        assert trainer.global_rank or row.end or right == list(row.correct), (right, row)
 
-stream = tiny_stream(n_per_class=6, eval_batch_size=3)
+class Module(PlainModule):
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.norm = nn.BatchNorm1d(6, momentum=0.9)
+    def forward(self, x):
+        return self.norm(self.model(x))
+
+stream = tiny_stream(n_per_class=6, eval_batch_size=3, batch_size=2)
 trainer = quiet_trainer(
     max_epochs=1, callbacks=[ContinualEvaluation(1), Watch()], devices=2,
     strategy=DDPStrategy(process_group_backend="gloo", find_unused_parameters=False),
 )
-result = fit_stream(trainer, PlainModule(), stream)
+result = fit_stream(trainer, Module(), stream)
 with open(f"{sys.argv[1]}/rank{trainer.global_rank}.json", "w") as file:
     json.dump([[r.step, r.end, list(r.correct), list(r.total)] for r in result.inside_tasks], file)
 """
@@ -381,5 +398,7 @@ def test_two_processes_with_uneven_shares_sum_their_counts(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"rank{r}.json").read_text()) for r in (0, 1))
     assert first == second
-    assert first[-1][3] == [10, 10, 10]  # the pool's 30 samples in batches of 3: 5 each
-    assert len(first) == 6
+    assert first[-1][3] == [10, 10, 10]
+    assert [row[:2] for row in first] == [[3 * t + k, end] for t in range(3) for k, end in
+                                          ((1, False), (2, False), (3, False), (3, True))]  # fmt: skip
+    assert len({tuple(row[2]) for row in first}) > 4
