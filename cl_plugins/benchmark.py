@@ -312,9 +312,21 @@ def _inside_lines(result: StreamResult) -> list[str]:
     return [*lines, ""]
 
 
+def _cell(value: float) -> str:
+    return f"{'undefined' if value != value else format(value, '.4f'):>9}"
+
+
+def _why(reason: str) -> str:
+    return f"  ({reason})" if reason else ""
+
+
 def summary_table(result: StreamResult) -> str:
     """The named numbers and the accuracy matrix, for a terminal."""
     names = {
+        "map": "mAP of seen classes (last row)",
+        "average_map": "mAP, mean over rows",
+        "cf1": "CF1 (last row)",
+        "of1": "OF1 (last row)",
         "transfer": "transfer (before learning)",
         "average": "average (all cells)",
         "last": "last (last row, all tasks)",
@@ -327,6 +339,13 @@ def summary_table(result: StreamResult) -> str:
         "average_accuracy_task_known": "average accuracy, task known",
     }
     lines = []
+    if result.label_scores and len(result.rows) <= 12:
+        lines.append(" " * 12 + "".join(f"{name:>9}" for name in ("mAP", "CF1", "OF1")))
+        for row in result.rows:
+            if row.labels is not None:
+                values = (row.labels.map, row.labels.cf1, row.labels.of1)
+                lines.append(f"after T{row.after:<5}" + "".join(_cell(v) for v in values) + _why(row.labels.undefined))
+        lines.append("")
     if len(result.tasks) <= 12:
         matrix = result.accuracy_matrix
         lines.append(" " * 12 + "".join(f"{'T' + str(t.index):>7}" for t in result.tasks))

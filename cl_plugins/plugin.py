@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cl_plugins._lightning import Callback
 from cl_plugins.attach import CallCheck
 from cl_plugins.composition import check_composition
+from cl_plugins.label_scores import LabelScores
 from cl_plugins.task import Stream, Task
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Row:
         confusion: ``(tasks, tasks)`` counts, samples of a task (row) predicted as a class of a task (column); empty
             when tasks share classes, so that a prediction names no task.
         seconds: duration of the evaluation.
+        labels: average precision and counts per class on a multi-label stream; None on others.
     """
 
     after: int
@@ -48,6 +50,7 @@ class Row:
     correct_in_task: tuple[int | None, ...]
     confusion: tuple[tuple[int, ...], ...]
     seconds: float
+    labels: LabelScores | None = None
 
 
 class ContinualCallback(Callback):

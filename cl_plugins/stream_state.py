@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cl_plugins._lightning import Callback
 from cl_plugins._reading import load_tensors
 from cl_plugins.evaluation import Predict
+from cl_plugins.label_scores import LabelScores
 from cl_plugins.plugin import Row
 from cl_plugins.result import StreamResult
 from cl_plugins.task import Stream
@@ -29,8 +30,13 @@ KEY = "cl_plugins.StreamState"
 
 def row_to_state(row: Row) -> dict[str, Any]:
     """A row as plain lists."""
-    return {k: [list(x) if isinstance(x, tuple) else x for x in v] if isinstance(v, tuple) else v
-            for k, v in asdict(row).items()}  # fmt: skip
+    return {k: _plain(v) for k, v in asdict(row).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
 
 
 def row_from_state(state: dict[str, Any]) -> Row:
@@ -42,6 +48,7 @@ def row_from_state(state: dict[str, Any]) -> Row:
         correct_in_task=tuple(state["correct_in_task"]),
         confusion=tuple(tuple(line) for line in state["confusion"]),
         seconds=state["seconds"],
+        labels=None if state.get("labels") is None else LabelScores.from_state(state["labels"]),
     )
 
 

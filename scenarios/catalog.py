@@ -296,6 +296,49 @@ SCENARIOS += (
     ),
 )
 
+_TRANSFER = {
+    "aircraft": ("FGVC-Aircraft, 10,000 photos of 100 variants", "fgvc-aircraft-2013b"),
+    "caltech101": ("Caltech101, 8,677 images of 101 kinds of objects", "caltech101"),
+    "dtd": ("DTD, 5,640 photos of 47 textures", "dtd"),
+    "eurosat": ("EuroSAT, 27,000 satellite images of 10 kinds of land", "eurosat"),
+    "flowers102": ("Flowers102, 8,189 photos of 102 flowers", "flowers-102"),
+    "food101": ("Food-101, 101,000 photos of 101 dishes", "food-101"),
+    "oxford-pets": ("Oxford-IIIT Pet, 7,349 photos of 37 breeds", "oxford-iiit-pet"),
+    "stanford-cars": ("Stanford Cars, 16,185 photos of 196 models", "stanford_cars"),
+    "sun397": ("SUN397, 108,754 photos of 397 scenes", "SUN397"),
+}
+DATA += tuple(
+    DataInfo(
+        _name,
+        _line,
+        "transfer_sets:load_transfer_set",
+        {"name": _name},
+        f"root= with {_folder}" + ("" if _name == "stanford-cars" else ", or root= and download=True"),
+    )
+    for _name, (_line, _folder) in _TRANSFER.items()
+)
+_ALL_SETS = "root= with the folders of the sets as torchvision has them; download=True gets all but Stanford Cars"
+SCENARIOS += (
+    ScenarioInfo(
+        "x-tail",
+        "X-TAIL, ten image sets with 16 images a class, classified among the classes of all sets",
+        "transfer_streams:x_tail",
+        {},
+        "10 tasks, 1,100 classes; 17,600 training images",
+        _ALL_SETS,
+        modality="image-text",
+    ),
+    ScenarioInfo(
+        "mtil",
+        "MTIL, eleven image sets, classified among the classes of the image's own set",
+        "transfer_streams:mtil",
+        {},
+        "11 tasks, 1,201 classes; all training images, or shots= of each class",
+        _ALL_SETS,
+        modality="image-text",
+    ),
+)
+
 for _data in DATA:
     register_data(_data)
 for _scenario in SCENARIOS:
