@@ -11,7 +11,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from cl_plugins.commands._pairs import pairs
+from cl_plugins.commands._pairs import pairs, with_root
 
 HELP = "samples of each task, and the classes' sizes"
 
@@ -43,7 +43,9 @@ def execute(arguments: Any) -> int:
     from cl_plugins.sheet import draw_sheet, text_sheet
 
     scenarios = importlib.import_module("cl_plugins.scenarios")
-    stream = scenarios.build_scenario(arguments.scenario, **pairs(arguments.data, "--data"))
+    stream = scenarios.build_scenario(
+        arguments.scenario, **with_root(arguments.scenario, pairs(arguments.data, "--data"))
+    )
     tasks = None if arguments.tasks is None else _numbers(arguments.tasks)
     left_out = 0
     if tasks is None and len(stream.tasks) > 12:
