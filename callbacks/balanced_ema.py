@@ -13,7 +13,7 @@ unchanged: the average enters no forward pass until the task ends.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -165,6 +165,10 @@ class BalancedEMA(ContinualCallback):
             yield
         finally:
             self.average.swap_out()
+
+    def evaluation_weights(self, module: nn.Module) -> AbstractContextManager[None]:
+        """The average, where validation sees it too."""
+        return self.averaged(module) if self.average.running and self.evaluate == "average" else nullcontext()
 
     def averaged_state_dict(self, module: nn.Module, only_averaged: bool = False) -> dict[str, Tensor]:
         """Copies of the module's state with the average in place of the weights, for export.

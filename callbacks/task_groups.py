@@ -86,7 +86,9 @@ class TaskGroups(ContinualCallback):
         self._stream: Stream | None = None
 
     def conflict(self, other: ContinualCallback, module: nn.Module) -> str | None:
-        """Methods that grow, unless the user says which parameters belong to a group."""
+        """Methods that grow, unless the user says which parameters belong to a group, and evaluations inside tasks."""
+        if type(other).__name__ == "ContinualEvaluation":
+            return "inside a task the weights of its group are not stored, so no sample could be answered with them"
         if self._filtered or not other.grows():
             return None
         return (

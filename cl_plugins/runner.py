@@ -294,6 +294,7 @@ def fit_stream(
         trainer.callbacks.insert(0, _LossGuard())  # type: ignore[attr-defined]  # before what saves
     result = StreamResult.for_stream(stream)
     state.begin(stream, result)
+    state.predict = predict
     first, resume, spent, between = 0, None, 0.0, None
     if ckpt_path is not None:
         resume = find_checkpoint(trainer, ckpt_path)

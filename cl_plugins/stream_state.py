@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,8 @@ from torch import Tensor, nn
 
 from cl_plugins._lightning import Callback
 from cl_plugins._reading import load_tensors
+from cl_plugins.evaluation import Predict
+from cl_plugins.label_scores import LabelScores
 from cl_plugins.plugin import Row
 from cl_plugins.result import StreamResult
 from cl_plugins.task import Stream
@@ -26,8 +30,13 @@ KEY = "cl_plugins.StreamState"
 
 def row_to_state(row: Row) -> dict[str, Any]:
     """A row as plain lists."""
-    return {k: [list(x) if isinstance(x, tuple) else x for x in v] if isinstance(v, tuple) else v
-            for k, v in asdict(row).items()}  # fmt: skip
+    return {k: _plain(v) for k, v in asdict(row).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
 
 
 def row_from_state(state: dict[str, Any]) -> Row:
@@ -39,6 +48,7 @@ def row_from_state(state: dict[str, Any]) -> Row:
         correct_in_task=tuple(state["correct_in_task"]),
         confusion=tuple(tuple(line) for line in state["confusion"]),
         seconds=state["seconds"],
+        labels=None if state.get("labels") is None else LabelScores.from_state(state["labels"]),
     )
 
 
@@ -75,6 +85,16 @@ def set_random_states(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(states["cuda"])
 
 
+@contextmanager
+def same_randomness() -> Iterator[None]:
+    """Whatever the block draws, the global generators of torch, NumPy and Python go on as if it had not run."""
+    states = random_states()
+    try:
+        yield
+    finally:
+        set_random_states(states)
+
+
 def finished_rows(trainer: pl.Trainer) -> list[Row]:
     """The rows that a resumed stream begins with; none in a stream that starts anew."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
@@ -92,6 +112,8 @@ class StreamState(Callback):
         self.task = 0
         self.started: float | None = None
         """When the task under way began, by ``time.perf_counter``; None between tasks."""
+        self.predict: Predict | None = None
+        """How the stream under way is evaluated; None before it starts."""
         self._result: StreamResult | None = None
         self._identity: dict[str, Any] = {}
         self._pending: dict[str, Any] | None = None
