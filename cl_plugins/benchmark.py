@@ -20,7 +20,7 @@ import pytorch_lightning as pl
 import torch
 import yaml
 
-from cl_plugins.checkpoint_files import checkpoint_files, newest_intact
+from cl_plugins.checkpoint_files import checkpoint_files, keep_newest, newest_intact
 from cl_plugins.failures import explained
 from cl_plugins.progress import StreamProgress
 from cl_plugins.recipes import Recipe, load_recipe, with_options
@@ -133,6 +133,8 @@ def run_benchmark(
     resume: bool = False,
     save_every_steps: int | None = None,
     save_every_minutes: float | None = None,
+    keep_checkpoints: bool = False,
+    adapters: bool = False,
 ) -> StreamResult:
     """Train and evaluate a method on a scenario and write the run folder.
 
@@ -151,6 +153,8 @@ def run_benchmark(
             settings must be the same; a folder without a run starts one, and a finished run is left as it is.
         save_every_steps: save inside tasks, too, after so many optimizer steps; task ends are always saved.
         save_every_minutes: likewise after so many minutes.
+        keep_checkpoints: leave both checkpoints when the run is finished, not the last one alone.
+        adapters: write what the method owns as ``checkpoints/adapters.safetensors``, too.
 
     Returns:
         The result; ``result.json``, ``report.html``, ``config.yaml`` and the run's events are in the folder.
@@ -196,7 +200,9 @@ def run_benchmark(
             write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
     except OSError as error:
         raise explained(error, folder / "checkpoints") or error from error
-    saver = callbacks_module.StreamCheckpoint(folder / "checkpoints", save_every_steps, save_every_minutes)
+    saver = callbacks_module.StreamCheckpoint(
+        folder / "checkpoints", save_every_steps, save_every_minutes, adapters=adapters
+    )
     dashboard = callbacks_module.ForgettingDashboard(folder.parent, run_id=folder.name, meta=config)
     tracker = callbacks_module.ForgettingTracker()
     lengths = []
@@ -224,6 +230,8 @@ def run_benchmark(
     except (RuntimeError, OSError, FloatingPointError, MemoryError) as error:
         raise explained(error, saver.folder) or error from error
     _save(result, folder, identity, stream, trainer, recipe, recipe_values, time.perf_counter() - started)
+    if not keep_checkpoints:
+        keep_newest(saver.folder)
     return result
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,10 @@ def _number(value: Tensor | float) -> float | None:
     return number if math.isfinite(number) else None
 
 
+MOST_CONFUSED = 100
+"""Tasks up to which the confusions of every row are kept; those of a longer stream would grow with its cube."""
+
+
 @dataclass
 class StreamResult:
     """Accuracy of every task after every task, as integer counts.
@@ -81,6 +85,12 @@ class StreamResult:
     train_seconds: list[float] = field(default_factory=list)
     trainable_parameters: int = 0
     learned_at: list[int] | None = None
+
+    def add(self, row: Row) -> None:
+        """Append a row; past :data:`MOST_CONFUSED` tasks only the newest keeps its ``tasks ** 2`` confusions."""
+        if self.rows and len(self.tasks) > MOST_CONFUSED:
+            self.rows[-1] = replace(self.rows[-1], confusion=())
+        self.rows.append(row)
 
     @classmethod
     def for_stream(cls, stream: Stream) -> StreamResult:

@@ -30,6 +30,8 @@ def parser() -> ArgumentParser:
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder where it was stopped")
     parser.add_argument("--save-every-steps", type=int | None, default=None, help="save inside tasks, too")
     parser.add_argument("--save-every-minutes", type=float | None, default=None, help="save inside tasks, too")
+    parser.add_argument("--keep-checkpoints", action="store_true", help="leave both when the run is finished, not one")
+    parser.add_argument("--adapters", action="store_true", help="also write checkpoints/adapters.safetensors")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
 
@@ -54,6 +56,8 @@ def execute(arguments: Any) -> int:
         resume=arguments.resume,
         save_every_steps=arguments.save_every_steps,
         save_every_minutes=arguments.save_every_minutes,
+        keep_checkpoints=arguments.keep_checkpoints,
+        adapters=arguments.adapters,
     )
     print(summary_table(result))
     print(f"\nresult  {folder / 'result.json'}\nreport  {folder / 'report.html'}")
