@@ -294,5 +294,5 @@ def evaluate_tasks(
         return tuple(int(table[i, k]) if i in measured else None for i in range(n))
 
     distinct = sum(len(t.classes) for t in tasks) == len({c for t in tasks for c in t.classes})
-    confusion = tuple(tuple(int(c) for c in table[i, 3:]) for i in range(n)) if distinct else ()
+    confusion = tuple(map(tuple, table[:, 3:].tolist())) if distinct else ()
     return Row(upto, column(0), column(1), column(2), confusion, time.perf_counter() - started, labels)

@@ -336,7 +336,7 @@ def fit_stream(
             resume = None
             row = end_task(trainer, module, stream, index, future=evaluate_future, predict=predict)
             result.train_seconds.append(time.perf_counter() - started - row.seconds)
-            result.rows.append(row)
+            result.add(row)
             state.task, state.started = index + 1, None
             for saver in savers:
                 saver.save_between(trainer, module, stream, index + 1)
