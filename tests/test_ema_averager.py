@@ -311,11 +311,9 @@ def test_sums_of_changes(dtype):
     g = torch.Generator().manual_seed(5)
     old = [torch.randn(s, generator=g, dtype=dtype) for s in ((4, 3), (7,), ())]
     new = [torch.randn(o.shape, generator=g, dtype=dtype) for o in old]
-    expected = [
-        sum(abs(x - y) for x, y in zip(o.flatten().tolist(), n.flatten().tolist(), strict=False))
-        for o, n in zip(old, new, strict=False)
-    ]
+    pairs = list(zip(old, new, strict=True))
+    expected = [sum(abs(x - y) for x, y in zip(*(t.flatten().tolist() for t in p), strict=True)) for p in pairs]
     cpu = torch.device("cpu")
     assert l1_distances(old, new, cpu, dtype).tolist() == pytest.approx(expected, rel=1e-5)
     assert l1_change_(old, new, cpu, dtype).tolist() == pytest.approx(expected, rel=1e-5)
-    assert all(torch.equal(o, n) for o, n in zip(old, new, strict=False))
+    assert all(torch.equal(o, n) for o, n in pairs)
