@@ -339,6 +339,27 @@ SCENARIOS += (
     ),
 )
 
+SCENARIOS += (
+    ScenarioInfo(
+        "multilabel-coco",
+        "COCO, several labels an image; B40-C10, with protocol= B0-C10 as well, and year= 2014 or 2017",
+        "multi_label_benchmarks:multilabel_coco",
+        {},
+        "5 tasks, 40 + 4 x 10 classes; trained on the training and tested on the validation images",
+        "root= with annotations/instances_{train,val}2014.json, train2014 and val2014",
+        modality="multi-label",
+    ),
+    ScenarioInfo(
+        "multilabel-voc",
+        "Pascal VOC, several labels an image; B10-C2, with protocol= B4-C2 as well, and year= 2007 or 2012",
+        "multi_label_benchmarks:multilabel_voc",
+        {},
+        "6 tasks, 10 + 5 x 2 classes; 5,011 training and 4,952 test images",
+        "root= with VOCdevkit/VOC2007, or root= and download=True",
+        modality="multi-label",
+    ),
+)
+
 for _data in DATA:
     register_data(_data)
 for _scenario in SCENARIOS:
