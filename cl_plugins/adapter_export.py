@@ -79,11 +79,12 @@ def export_adapters(module: nn.Module, callbacks: Sequence[ContinualCallback], p
         ValueError: when parameters outside the methods' own are trained, which a file of adapters would not hold.
 
     Example:
-        >>> import tempfile
+        >>> import copy, tempfile
         >>> from cl_plugins import Task
         >>> from cl_plugins.backbones import vit_glyph
         >>> from cl_plugins.callbacks import LoRA
-        >>> net, fresh, method = vit_glyph(num_classes=4), vit_glyph(num_classes=4), LoRA(rank=2)
+        >>> net, method = vit_glyph(num_classes=4), LoRA(rank=2)
+        >>> fresh = copy.deepcopy(net)
         >>> method.install(net)
         >>> method.start_task(net, Task(0, (0, 1)))
         >>> with tempfile.TemporaryDirectory() as folder:

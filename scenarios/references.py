@@ -61,6 +61,7 @@ def _settings(stream: TaskStream, kind: str) -> dict[str, Any]:
         "num_workers": stream.num_workers,
         "pin_memory": stream.pin_memory,
         "drop_last": stream.drop_last,
+        "uneven": stream.uneven,
         "collate_fn": stream.collate_fn,
         "single_pass": stream.single_pass,
         "unreadable": stream.unreadable,
