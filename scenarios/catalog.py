@@ -251,7 +251,7 @@ SCENARIOS += (
         "CORe50 NC, new objects in each task",
         "core50:core50_nc",
         {},
-        "9 tasks, 10 + 8 x 5 classes; 119,894 training and 44,972 test images",
+        "9 tasks, 10 + 8 x 5 classes, eight sessions to train and three to test",
         _CORE50,
     ),
     ScenarioInfo(
@@ -259,7 +259,7 @@ SCENARIOS += (
         "CORe50 NI, the same 50 objects in another session in each task, tested on three sessions that are in none",
         "core50:core50_ni",
         {},
-        "8 tasks x the same 50 classes; 119,894 training and 44,972 test images",
+        "8 tasks x the same 50 classes, a session each, and three sessions to test",
         _CORE50,
     ),
     ScenarioInfo(
@@ -267,7 +267,7 @@ SCENARIOS += (
         "DomainNet, the same classes in six styles from photos to drawings",
         "domain_net:domainnet",
         {},
-        "6 tasks x the same 345 classes; 409,832 training and 176,743 test images",
+        "6 tasks x the same 345 classes",
         "root= with the six domains and the lists <domain>_train.txt and <domain>_test.txt",
     ),
     ScenarioInfo(
