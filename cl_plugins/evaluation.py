@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from cl_plugins.label_scores import SeenLabelScores
 from cl_plugins.plugin import Row, module_device
 from cl_plugins.task import Stream, Task
 
@@ -114,6 +115,8 @@ def count_task(
     *,
     n_tasks: int,
     predict: Predict = default_predict,
+    label_scores: SeenLabelScores | None = None,
+    earlier: Sequence[int] = (),
 ) -> Tensor:
     """Counts of one task's test data.
 
@@ -125,6 +128,8 @@ def count_task(
         seen: ``(classes,)`` bool, classes that a prediction may name.
         n_tasks: tasks in the stream.
         predict: gives logits ``(batch, classes)``.
+        label_scores: gets the logits of multi-label batches, too.
+        earlier: classes of the tasks that it got before.
 
     Returns:
         int64 ``(3 + n_tasks,)``: correct, total, correct among the task's own classes, then predictions per task.
@@ -142,6 +147,8 @@ def count_task(
             )
         if labels.ndim == 2:
             counts += _count_labels(logits, labels, own, owner, seen, n_tasks)
+            if label_scores is not None:
+                label_scores.update(logits, labels[:, : logits.shape[1]], earlier)
             continue
         hidden = ~seen[: logits.shape[1]]
         predicted = logits.masked_fill(hidden, -torch.inf).argmax(1)
@@ -235,6 +242,9 @@ def evaluate_tasks(
     With several processes each counts its own share of the test data and the counts are added, so the numbers are
     those of one process exactly.
 
+    On a stream whose ``modality`` is "multi-label" the row also has the average precision and the counts of every seen
+    class, see :class:`cl_plugins.label_scores.LabelScores`.
+
     Args:
         module: the model; its modes are restored.
         stream: gives the tasks and their test data.
@@ -257,12 +267,23 @@ def evaluate_tasks(
     owner, seen = owner.to(device), seen_classes(stream, upto).to(device)
     chosen = [t for t in tasks if t.index < learned or future]
     counts = torch.zeros(n, 3 + n, dtype=torch.int64, device=device)
+    learned_classes = [c for t in tasks if t.index < learned for c in t.classes]
+    scores = None
+    if getattr(stream, "modality", "") == "multi-label":
+        scores = SeenLabelScores(sorted(set(learned_classes))).to(device)
     with evaluating(module), precision:
+        earlier: list[int] = []
         for task in chosen:
             batches = (move(b) for b in stream.test_loader(task.index))
-            counts[task.index] = count_task(module, batches, task, owner, seen, n_tasks=n, predict=predict)
-    if trainer is not None and trainer.world_size > 1 and torch.distributed.is_initialized():
+            keep = scores if task.index < learned else None
+            counts[task.index] = count_task(
+                module, batches, task, owner, seen, n_tasks=n, predict=predict, label_scores=keep, earlier=earlier
+            )
+            earlier += task.classes
+    together = trainer is not None and trainer.world_size > 1 and torch.distributed.is_initialized()
+    if together:
         torch.distributed.all_reduce(counts)
+    labels = None if scores is None else scores.scores(gather=together)
     table = counts.cpu()
     measured = {t.index for t in chosen if int(table[t.index, 1]) > 0}
 
@@ -270,5 +291,5 @@ def evaluate_tasks(
         return tuple(int(table[i, k]) if i in measured else None for i in range(n))
 
     distinct = sum(len(t.classes) for t in tasks) == len({c for t in tasks for c in t.classes})
-    confusion = tuple(tuple(int(c) for c in table[i, 3:]) for i in range(n)) if distinct else ()
-    return Row(upto, column(0), column(1), column(2), confusion, time.perf_counter() - started)
+    confusion = tuple(map(tuple, table[:, 3:].tolist())) if distinct else ()
+    return Row(upto, column(0), column(1), column(2), confusion, time.perf_counter() - started, labels)

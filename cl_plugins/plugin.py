@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from cl_plugins._lightning import Callback
 from cl_plugins.attach import CallCheck
 from cl_plugins.composition import check_composition
+from cl_plugins.label_scores import LabelScores
 from cl_plugins.task import Stream, Task
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
+    from cl_plugins.evaluation import Predict
     from cl_plugins.inside_tasks import InsideRow
     from cl_plugins.result import StreamResult
 
@@ -39,6 +41,7 @@ class Row:
         confusion: ``(tasks, tasks)`` counts, samples of a task (row) predicted as a class of a task (column); empty
             when tasks share classes, so that a prediction names no task.
         seconds: duration of the evaluation.
+        labels: average precision and counts per class on a multi-label stream; None on others.
     """
 
     after: int
@@ -47,6 +50,7 @@ class Row:
     correct_in_task: tuple[int | None, ...]
     confusion: tuple[tuple[int, ...], ...]
     seconds: float
+    labels: LabelScores | None = None
 
 
 class ContinualCallback(Callback):
@@ -110,6 +114,10 @@ class ContinualCallback(Callback):
     def evaluation_weights(self, module: nn.Module) -> AbstractContextManager[None]:
         """A block in which the module has the weights that an evaluation in the middle of a task should see."""
         return nullcontext()
+
+    def predictor(self, predict: Predict) -> Predict:
+        """What the evaluation of a stream calls in place of ``predict``; the same where a method does not route."""
+        return predict
 
     def report_events(self, module: nn.Module) -> list[dict[str, Any]]:
         """Series and matrices of this method for the run store, asked for after each task."""

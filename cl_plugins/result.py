@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from cl_plugins import functional
 from cl_plugins.evaluation import evaluation_tasks, learned_after
 from cl_plugins.inside_tasks import InsideRow, InsideTasks
+from cl_plugins.label_scores import LABEL_SCORES, THRESHOLD
 from cl_plugins.plugin import Row
 from cl_plugins.task import Stream, Task
 
@@ -55,6 +56,10 @@ def _number(value: Tensor | float) -> float | None:
     return number if math.isfinite(number) else None
 
 
+MOST_CONFUSED = 100
+"""Tasks up to which the confusions of every row are kept; those of a longer stream would grow with its cube."""
+
+
 @dataclass
 class StreamResult:
     """Accuracy of every task after every task, as integer counts.
@@ -84,6 +89,12 @@ class StreamResult:
     trainable_parameters: int = 0
     learned_at: list[int] | None = None
     inside_tasks: list[InsideRow] = field(default_factory=list)
+
+    def add(self, row: Row) -> None:
+        """Append a row; past :data:`MOST_CONFUSED` tasks only the newest keeps its ``tasks ** 2`` confusions."""
+        if self.rows and len(self.tasks) > MOST_CONFUSED:
+            self.rows[-1] = replace(self.rows[-1], confusion=())
+        self.rows.append(row)
 
     @classmethod
     def for_stream(cls, stream: Stream) -> StreamResult:
@@ -177,9 +188,45 @@ class StreamResult:
             scores["zero_shot"] = float(row[0, torch.tensor(learned_at) > 0].mean())
         return scores
 
+    @property
+    def label_scores(self) -> dict[str, float]:
+        """MAP, CF1 and OF1 of a multi-label stream after the last task, and the mean of the mAP over tasks.
+
+        NaN where a number is undefined; :meth:`to_dict` says why. Empty for other streams.
+        """
+        found = [row.labels for row in self.rows if row.labels is not None]
+        if not found:
+            return {}
+        maps = torch.tensor([scores.map for scores in found], dtype=torch.float64)
+        values = (found[-1].map, float(maps.mean()), found[-1].cf1, found[-1].of1)
+        return dict(zip(LABEL_SCORES, values, strict=True))
+
+    def _label_rows(self) -> dict[str, Any]:
+        """What :meth:`to_dict` tells of a multi-label stream, per row."""
+        found = [(row.after, row.labels) for row in self.rows if row.labels is not None]
+        if not found:
+            return {}
+        rows = [
+            {
+                "after": after,
+                "map": _number(scores.map),
+                "cf1": _number(scores.cf1),
+                "of1": _number(scores.of1),
+                "classes": list(scores.classes),
+                "average_precision": list(scores.average_precision),
+                "true_positives": list(scores.true_positives),
+                "predicted": list(scores.predicted),
+                "present": list(scores.present),
+                **({"undefined": scores.undefined} if scores.undefined else {}),
+            }
+            for after, scores in found
+        ]
+        return {"multilabel": {"threshold": THRESHOLD, "rows": rows}}
+
     def metrics(self) -> dict[str, float | None]:
         """The named numbers; None where a number is undefined."""
         return {
+            **{name: _number(value) for name, value in self.label_scores.items()},
             **{name: _number(value) for name, value in self.domain_scores.items()},
             "average_accuracy": _number(self.average_accuracy),
             "average_incremental_accuracy": _number(self.average_incremental_accuracy),
@@ -205,6 +252,7 @@ class StreamResult:
         return {
             **self.metrics(),
             "definitions": {
+                **{name: LABEL_SCORES[name] for name in self.label_scores},
                 **{name: _DOMAIN_SCORES[name] for name in self.domain_scores},
                 "average_accuracy": "mean over tasks of the last row",
                 "average_incremental_accuracy": "mean over rows of the mean over tasks seen so far",
@@ -215,6 +263,7 @@ class StreamResult:
             },
             "accuracy_matrix": [[_number(c) for c in row] for row in self.accuracy_matrix],
             "accuracy_matrix_task_known": [[_number(c) for c in row] for row in self.accuracy_matrix_task_known],
+            **self._label_rows(),
             "learned_at": self.learned_at or list(range(len(self.tasks))),
             "correct": [list(row.correct) for row in self.rows],
             "total": [list(row.total) for row in self.rows],

@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 
 from .data import Transform
+from .fetch import fetch
 from .image_files import ImageFiles, class_folders, listed_images, need, seeded_halves
 from .stream_data import StreamData
 
@@ -59,13 +60,14 @@ def load_cifar(
 
     Args:
         root: folder that holds or gets ``cifar-100-python`` (or ``cifar-10-batches-py``).
-        download: get it, about 170 MB, checksummed.
+        download: get it, about 170 MB, checksummed; goes on after an interruption.
         kind: which of the two; 10 tasks of 10 classes, or 5 of 2.
         size: of the images given out.
 
     Raises:
         ValueError: without a folder.
         FileNotFoundError: when the files are not there or damaged.
+        ConnectionError: when the download breaks; the next one goes on.
     """
     from torchvision.datasets import CIFAR10, CIFAR100
 
@@ -73,8 +75,12 @@ def load_cifar(
     folder = data_folder(root, kind, how)
     factory = {"cifar10": CIFAR10, "cifar100": CIFAR100}[kind]
     try:
-        train, test = (factory(str(folder), train=part, download=download) for part in (True, False))
+        train, test = (factory(str(folder), train=part) for part in (True, False))
     except RuntimeError as error:
+        if download:
+            fetch(factory.url, folder / factory.filename, factory.tgz_md5)
+            factory(str(folder), download=True)  # unpacks it
+            return load_cifar(root, False, kind, size)
         raise FileNotFoundError(
             f"`root` must hold {factory.base_folder}, whole and undamaged, got {str(folder)!r}; {how}"
         ) from error

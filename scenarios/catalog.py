@@ -251,7 +251,7 @@ SCENARIOS += (
         "CORe50 NC, new objects in each task",
         "core50:core50_nc",
         {},
-        "9 tasks, 10 + 8 x 5 classes; 119,894 training and 44,972 test images",
+        "9 tasks, 10 + 8 x 5 classes, eight sessions to train and three to test",
         _CORE50,
     ),
     ScenarioInfo(
@@ -259,7 +259,7 @@ SCENARIOS += (
         "CORe50 NI, the same 50 objects in another session in each task, tested on three sessions that are in none",
         "core50:core50_ni",
         {},
-        "8 tasks x the same 50 classes; 119,894 training and 44,972 test images",
+        "8 tasks x the same 50 classes, a session each, and three sessions to test",
         _CORE50,
     ),
     ScenarioInfo(
@@ -267,7 +267,7 @@ SCENARIOS += (
         "DomainNet, the same classes in six styles from photos to drawings",
         "domain_net:domainnet",
         {},
-        "6 tasks x the same 345 classes; 409,832 training and 176,743 test images",
+        "6 tasks x the same 345 classes",
         "root= with the six domains and the lists <domain>_train.txt and <domain>_test.txt",
     ),
     ScenarioInfo(
@@ -293,6 +293,70 @@ SCENARIOS += (
         {},
         "100 + 10 x 10 classes; all images of the base classes + 10 x 50 training and 5,788 test images",
         _NEEDS["cub200"],
+    ),
+)
+
+_TRANSFER = {
+    "aircraft": ("FGVC-Aircraft, 10,000 photos of 100 variants", "fgvc-aircraft-2013b"),
+    "caltech101": ("Caltech101, 8,677 images of 101 kinds of objects", "caltech101"),
+    "dtd": ("DTD, 5,640 photos of 47 textures", "dtd"),
+    "eurosat": ("EuroSAT, 27,000 satellite images of 10 kinds of land", "eurosat"),
+    "flowers102": ("Flowers102, 8,189 photos of 102 flowers", "flowers-102"),
+    "food101": ("Food-101, 101,000 photos of 101 dishes", "food-101"),
+    "oxford-pets": ("Oxford-IIIT Pet, 7,349 photos of 37 breeds", "oxford-iiit-pet"),
+    "stanford-cars": ("Stanford Cars, 16,185 photos of 196 models", "stanford_cars"),
+    "sun397": ("SUN397, 108,754 photos of 397 scenes", "SUN397"),
+}
+DATA += tuple(
+    DataInfo(
+        _name,
+        _line,
+        "transfer_sets:load_transfer_set",
+        {"name": _name},
+        f"root= with {_folder}" + ("" if _name == "stanford-cars" else ", or root= and download=True"),
+    )
+    for _name, (_line, _folder) in _TRANSFER.items()
+)
+_ALL_SETS = "root= with the folders of the sets as torchvision has them; download=True gets all but Stanford Cars"
+SCENARIOS += (
+    ScenarioInfo(
+        "x-tail",
+        "X-TAIL, ten image sets with 16 images a class, classified among the classes of all sets",
+        "transfer_streams:x_tail",
+        {},
+        "10 tasks, 1,100 classes; 17,600 training images",
+        _ALL_SETS,
+        modality="image-text",
+    ),
+    ScenarioInfo(
+        "mtil",
+        "MTIL, eleven image sets, classified among the classes of the image's own set",
+        "transfer_streams:mtil",
+        {},
+        "11 tasks, 1,201 classes; all training images, or shots= of each class",
+        _ALL_SETS,
+        modality="image-text",
+    ),
+)
+
+SCENARIOS += (
+    ScenarioInfo(
+        "multilabel-coco",
+        "COCO, several labels an image; B40-C10, with protocol= B0-C10 as well, and year= 2014 or 2017",
+        "multi_label_benchmarks:multilabel_coco",
+        {},
+        "5 tasks, 40 + 4 x 10 classes; trained on the training and tested on the validation images",
+        "root= with annotations/instances_{train,val}2014.json, train2014 and val2014",
+        modality="multi-label",
+    ),
+    ScenarioInfo(
+        "multilabel-voc",
+        "Pascal VOC, several labels an image; B10-C2, with protocol= B4-C2 as well, and year= 2007 or 2012",
+        "multi_label_benchmarks:multilabel_voc",
+        {},
+        "6 tasks, 10 + 5 x 2 classes; 5,011 training and 4,952 test images",
+        "root= with VOCdevkit/VOC2007, or root= and download=True",
+        modality="multi-label",
     ),
 )
 

@@ -14,8 +14,8 @@ Not implemented: NIC, and labels by category.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -63,21 +63,21 @@ def _frames(root: str | None, download: bool) -> dict[int, ImageFiles]:
     need("CORe50", folder, [f"s{s}/o{o}" for s in SESSIONS for o in range(1, 51)], how)
     sessions = {}
     for session in SESSIONS:
-        paths: list[Path] = []
+        paths: list[str] = []
         labels: list[int] = []
         for label in range(50):
             place = folder / f"s{session}" / f"o{label + 1}"
             files = image_names(place)
             if not files:
                 raise FileNotFoundError(f"each object's folder must hold images, got none in {str(place)!r}; {how}")
-            paths += [place / name for name in files]
+            paths += [os.path.join(place, name) for name in files]
             labels += [label] * len(files)
         sessions[session] = ImageFiles(paths, labels, NAMES)
     return sessions
 
 
 def _joined(parts: Sequence[ImageFiles]) -> ImageFiles:
-    paths = [Path(path) for part in parts for path, _ in part.samples]
+    paths = [path for part in parts for path, _ in part.samples]
     return ImageFiles(paths, np.concatenate([part.targets for part in parts]), NAMES)
 
 

@@ -9,6 +9,7 @@ painting; the field uses the cleaned one.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -124,4 +125,4 @@ def _files(folder: Path, name: str, listed: dict[str, _Listed], there: set[str],
             f"`root` must hold every listed image, got no {lost[0]} in {str(folder)!r}, the first of {len(lost)} that"
             f" {name} lists in vain; {_HOW}"
         )
-    return ImageFiles([folder / path for path, _ in listed[name]], [label for _, label in listed[name]], names)
+    return ImageFiles([os.path.join(folder, p) for p, _ in listed[name]], [label for _, label in listed[name]], names)

@@ -29,7 +29,7 @@ class ImageFiles:
     """
 
     def __init__(
-        self, paths: Sequence[Path], labels: Sequence[int] | NDArray[np.int64], class_names: Sequence[str]
+        self, paths: Sequence[Path | str], labels: Sequence[int] | NDArray[np.int64], class_names: Sequence[str]
     ) -> None:
         if len(paths) != len(labels):
             raise ValueError(f"`labels` must be one for each of the {len(paths)} `paths`, got {len(labels)}")
@@ -48,7 +48,7 @@ class ImageFiles:
     def only(self, keep: NDArray[np.bool_]) -> ImageFiles:
         """The samples where ``keep`` is true."""
         chosen = np.flatnonzero(keep)
-        return ImageFiles([Path(self.samples[i][0]) for i in chosen], self.targets[chosen], self.classes)
+        return ImageFiles([self.samples[i][0] for i in chosen], self.targets[chosen], self.classes)
 
 
 def need(name: str, folder: Path, parts: Iterable[str], how: str) -> None:

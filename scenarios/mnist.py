@@ -14,7 +14,9 @@ in [0, 1], not normalized.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ from torch.nn import functional as F
 from ._seeds import MIXING, check_seed, generator
 from .benchmarks import data_folder
 from .domains import DomainIncremental
+from .fetch import fetch
 from .image_files import need
 from .stream_data import StreamData
 
@@ -95,15 +98,29 @@ def _read(root: str | None, download: bool) -> tuple[tuple[Tensor, Tensor], tupl
 
     how = "pass `download=True` to get it"
     folder = data_folder(root, "MNIST", how)
-    if not download:
-        need("MNIST", folder, _PARTS, how)
+    if download and not all((folder / part).is_file() for part in _PARTS):
+        for name, md5 in MNIST.resources:
+            _fetch(MNIST.mirrors, folder / "MNIST" / "raw" / name, md5)
+        MNIST(str(folder), download=True)  # unpacks them
+    need("MNIST", folder, _PARTS, how)
     try:
-        train, test = (MNIST(str(folder), train=part, download=download) for part in (True, False))
+        train, test = (MNIST(str(folder), train=part) for part in (True, False))
     except (RuntimeError, ValueError, AssertionError) as error:
         raise FileNotFoundError(
             f"`root` must hold MNIST/raw, whole and undamaged, got {str(folder)!r}: {error}; remove it and {how}"
         ) from error
     return (train.data, train.targets), (test.data, test.targets)
+
+
+def _fetch(mirrors: Sequence[str], path: Path, md5: str) -> None:
+    for mirror in mirrors[:-1]:
+        try:
+            fetch(f"{mirror}{path.name}", path, md5)
+        except (ConnectionError, ValueError) as error:
+            print(f"{error}; trying the next mirror", file=sys.stderr)
+        else:
+            return
+    fetch(f"{mirrors[-1]}{path.name}", path, md5)
 
 
 def _stream_data(parts: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]], **change: Any) -> StreamData:
@@ -116,7 +133,7 @@ def load_mnist(root: str | None = None, download: bool = False, size: int = 32) 
 
     Args:
         root: folder that holds or gets ``MNIST/raw``.
-        download: get it, about 12 MB, checksummed.
+        download: get it, about 12 MB, checksummed; goes on after an interruption.
         size: side of the images given out, in pixels.
 
     Raises:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from .benchmarks import crop_transforms, data_folder
+from .fetch import fetch
 from .image_files import ImageFiles, image_names, need
 from .stream_data import StreamData
 
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
+"""No sum is published beside the archive; this is the one that public loaders state."""
 FOLDER = "tiny-imagenet-200"
 
 
@@ -22,20 +25,21 @@ def load_tiny_imagenet(root: str | None = None, download: bool = False, size: in
 
     Args:
         root: ``tiny-imagenet-200``, or the folder that holds or gets it.
-        download: get it, 248 MB, checksummed.
+        download: get it, 248 MB, checksummed; goes on after an interruption.
         size: of the images given out; 64 keeps the size of the files.
 
     Raises:
         ValueError: without a folder.
         FileNotFoundError: when parts are not there, naming them.
+        ConnectionError: when the download breaks; the next one goes on.
     """
     how = f"pass `download=True` to get it, or unpack {URL} there"
     folder = data_folder(root, "Tiny-ImageNet", how)
     if folder.name != FOLDER and not (folder / "wnids.txt").is_file():
         if download and not (folder / FOLDER).is_dir():
-            from torchvision.datasets.utils import download_and_extract_archive
+            from torchvision.datasets.utils import extract_archive
 
-            download_and_extract_archive(URL, str(folder), md5=MD5)
+            extract_archive(str(fetch(URL, folder / f"{FOLDER}.zip", MD5)), str(folder))
         if (folder / FOLDER).is_dir():
             folder = folder / FOLDER
     need("Tiny-ImageNet", folder, ("wnids.txt", "words.txt", "train", "val/images", "val/val_annotations.txt"), how)
@@ -57,14 +61,14 @@ def load_tiny_imagenet(root: str | None = None, download: bool = False, size: in
 
 
 def _training(folder: Path, ids: list[str], names: list[str], how: str) -> ImageFiles:
-    paths: list[Path] = []
+    paths: list[str] = []
     labels: list[int] = []
     for label, own in enumerate(ids):
         place = folder / "train" / own / "images"
         files = image_names(place)
         if not files:
             raise FileNotFoundError(f"each class folder must hold images, got none in {str(place)!r}; {how}")
-        paths += [place / name for name in files]
+        paths += [os.path.join(place, name) for name in files]
         labels += [label] * len(files)
     return ImageFiles(paths, labels, names)
 

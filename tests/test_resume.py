@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from cl_plugins import kill_test
 from cl_plugins.benchmark import run_benchmark
 from cl_plugins.checkpoint_files import checkpoint_files, publish
 from cl_plugins.cli import main
@@ -103,6 +104,15 @@ def test_resume_starts_what_has_not_begun_and_leaves_what_is_finished(tmp_path, 
     assert "finished already" in capsys.readouterr().err
     assert again.correct.tolist() == whole[0].correct.tolist()
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+
+
+def test_a_finished_run_keeps_its_last_checkpoint_and_both_when_asked(tmp_path, whole):
+    (last,) = checkpoint_files(whole[1] / "checkpoints")
+    assert last.name.startswith("stream-000004-task-5-")
+    assert sorted(p.name for p in last.parent.iterdir()) == [last.name, f"{last.name}.sha256"]
+    _run(tmp_path / "run", "nearest-mean", keep_checkpoints=True, adapters=True)
+    assert len(checkpoint_files(tmp_path / "run" / "checkpoints")) == 2
+    assert (tmp_path / "run" / "checkpoints" / "adapters.safetensors").is_file()
 
 
 def test_other_settings_are_refused_by_name(tmp_path):
@@ -199,3 +209,29 @@ def test_memory_that_the_system_refuses_is_said_in_words():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "('the memory was not enough', 'free some')" in done.stdout, done.stderr
+
+
+def test_pieces_of_a_kill_test_add_up():
+    first = kill_test.Outcome("ovor", {"while saving": 2, "at random": 1}, 5, 1.0, ["x differs"])
+    second = kill_test.Outcome("ovor", {"at random": 3, kill_test.CACHING: 1}, 4, 2.0)
+    both = kill_test._sum(first, second)
+    assert both.kills == {"while saving": 2, "at random": 4, kill_test.CACHING: 1}
+    assert (both.starts, both.differences) == (9, ["x differs"])
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_while_it_fills_a_cache_goes_on(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from cl_plugins import kill_test as k\n"
+        "root = Path(sys.argv[1])\n"
+        "assert k._wait(k._start('lst', root / 'a')) == 0\n"
+        "for count in (1, 3, 8): assert k._wait(k._start('lst', root / 'b', k.CACHING, count)) == -9\n"
+        "assert any((root / 'b' / 'cache').iterdir())\n"
+        "assert k._wait(k._start('lst', root / 'b')) == 0\n"
+        "found = k.differences(root / 'b', root / 'a'); assert not found, found\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -13,6 +13,7 @@ from torchvision.datasets.utils import calculate_md5
 
 from cl_plugins import fit_stream
 from cl_plugins.callbacks import ForgettingDashboard
+from cl_plugins.cli import main
 from cl_plugins.report._numbers import measures_of, task_numbers
 from cl_plugins.runs import read_run
 from cl_plugins.scenarios import ClassIncremental, TensorSource, build_scenario, load_data, scenario_info, tiny_imagenet
@@ -109,7 +110,7 @@ def fetch_and_check(root, archive, monkeypatch):
     root.mkdir()
     with pytest.raises(FileNotFoundError, match="pass `download=True` to get it"):
         load_data("tiny-imagenet", root=str(root))
-    with pytest.raises(RuntimeError, match=r"[Ff]ile not found or corrupted"):
+    with pytest.raises(ValueError, match=r"must have the MD5 sum \w+, got \w+; what arrived is removed"):
         load_data("tiny-imagenet", root=str(root), download=True)
     monkeypatch.setattr(tiny_imagenet, "MD5", calculate_md5(archive))
     assert len(load_data("tiny-imagenet", root=str(root), download=True).train) == 20
@@ -380,6 +381,22 @@ def test_every_benchmark_trains(name, cifar100):
     result = fit_stream(quiet_trainer(max_epochs=1, limit_train_batches=1), module, stream, seed=0)
     assert len(result.rows) == len(stream.tasks)
     assert result.total[-1].tolist() == stream.provenance()["sizes"]["test"]
+
+
+def test_the_size_of_the_images_must_be_that_of_the_backbone(tmp_path, capsys):
+    write_tiny_imagenet(tmp_path)
+    run = ["run", "--scenario", "split-tiny-imagenet", "--method", "frozen-linear", "--data", f"root={tmp_path}"]
+    run += ["--epochs", "1", "--device", "cpu", "--out", str(tmp_path / "run")]
+    assert main(run) != 0
+    told = capsys.readouterr().err
+    assert "`size` of the images must be that of the backbone, 32 x 32, got 224 x 224 of 'split-tiny-imagenet'" in told
+    assert "give --data size=32 to cl-bench" in told
+    assert not (tmp_path / "run").exists()
+    assert main([*run, "--data", "size=32", "--data", "n_tasks=2"]) == 0
+    with pytest.raises(ValueError, match=r"`sise` must be an option of 'mnist', which takes .*; did you mean 'size'"):
+        load_data("mnist", sise=3)
+    with pytest.raises(ValueError, match="`size` must be an option of 'digits', which takes none"):
+        build_scenario("split-digits", size=16)
 
 
 def test_images_of_real_sizes_are_brought_to_one_size(tmp_path):

@@ -19,6 +19,7 @@ from cl_plugins.callbacks import (
 )
 from cl_plugins.decay import exempt_from_decay
 from cl_plugins.heads import HIDDEN_LOGIT
+from cl_plugins.scenarios import build_scenario
 from tests._helpers import PlainModule, tiny_stream, tiny_vit
 from tests._side import METHODS, PYRAMID, images, started, train
 
@@ -174,6 +175,14 @@ def test_calibration_softens_and_never_sharpens():
     wrong[::4, columns] = right[::4][:, columns.flip(0)]
     bank.calibrate(wrong, labels)
     assert (bank.temperature[columns] > 2).all()
+
+
+def test_tasks_that_share_classes_are_refused_before_the_first():
+    stream = build_scenario("domain-glyphs", n_classes=2, train_images=2, test_images=1)
+    module = PlainModule(tiny_vit(depth=4))
+    with pytest.raises(ValueError, match=r"must have tasks with classes of their own, got classes \[0, 1\] in several"):
+        METHODS["lst"](regime="per_task").on_stream_start(None, module, stream)
+    METHODS["lst"](regime="shared").on_stream_start(None, module, stream)
 
 
 def test_routing_needs_a_fitted_router():
