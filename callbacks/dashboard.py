@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from cl_plugins.plugin import ContinualCallback, Row, plugins_of
-from cl_plugins.result import StreamResult
+from cl_plugins.result import MOST_CONFUSED, StreamResult
 from cl_plugins.run_writer import RunWriter, check_run_id, encode_event
 from cl_plugins.stream_state import finished_rows
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from cl_plugins.inside_tasks import InsideRow
     from cl_plugins.task import Stream, Task
 
-_MOST_CONFUSED = 100
 _WORTH_AN_ALERT = 0.2
 
 
@@ -248,7 +247,7 @@ class ForgettingDashboard(ContinualCallback):
             correct_in_task=row.correct_in_task[:count],
             seconds=row.seconds,
         )
-        if 1 < len(row.confusion) <= _MOST_CONFUSED and row.after >= 0:
+        if 1 < len(row.confusion) <= MOST_CONFUSED and row.after >= 0:
             self._write("conf", after=row.after, counts=row.confusion)
         before, self._before = self._before, row
         if before is None or before.after < 0:

@@ -20,7 +20,7 @@ import pytorch_lightning as pl
 import torch
 import yaml
 
-from cl_plugins.checkpoint_files import checkpoint_files, newest_intact
+from cl_plugins.checkpoint_files import checkpoint_files, keep_newest, newest_intact
 from cl_plugins.failures import explained
 from cl_plugins.inside_tasks import InsideRow
 from cl_plugins.progress import StreamProgress
@@ -154,6 +154,8 @@ def run_benchmark(
     eval_every: int | None = None,
     eval_tasks: int | None = None,
     eval_samples: int | None = None,
+    keep_checkpoints: bool = False,
+    adapters: bool = False,
 ) -> StreamResult:
     """Train and evaluate a method on a scenario and write the run folder.
 
@@ -175,6 +177,8 @@ def run_benchmark(
         eval_every: also evaluate all tasks so far inside the tasks, after so many optimizer steps.
         eval_tasks: draw so many old tasks for each of these evaluations, for long streams; None takes all.
         eval_samples: of each task at most so many samples in these evaluations; None takes all.
+        keep_checkpoints: leave both checkpoints when the run is finished, not the last one alone.
+        adapters: write what the method owns as ``checkpoints/adapters.safetensors``, too.
 
     Returns:
         The result; ``result.json``, ``report.html``, ``config.yaml`` and the run's events are in the folder.
@@ -223,7 +227,9 @@ def run_benchmark(
             write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
     except OSError as error:
         raise explained(error, folder / "checkpoints") or error from error
-    saver = callbacks_module.StreamCheckpoint(folder / "checkpoints", save_every_steps, save_every_minutes)
+    saver = callbacks_module.StreamCheckpoint(
+        folder / "checkpoints", save_every_steps, save_every_minutes, adapters=adapters
+    )
     dashboard = callbacks_module.ForgettingDashboard(folder.parent, run_id=folder.name, meta=config)
     tracker = callbacks_module.ForgettingTracker()
     lengths = []
@@ -251,6 +257,8 @@ def run_benchmark(
     except (RuntimeError, OSError, FloatingPointError, MemoryError) as error:
         raise explained(error, saver.folder) or error from error
     _save(result, folder, identity, stream, trainer, recipe, recipe_values, time.perf_counter() - started)
+    if not keep_checkpoints:
+        keep_newest(saver.folder)
     return result
 
 

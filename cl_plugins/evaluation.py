@@ -196,25 +196,19 @@ def learned_after(stream: Stream, task: int) -> int:
     return int(tell(task)) if callable(tell) else task + 1
 
 
-def class_tables(stream: Stream, upto: int) -> tuple[Tensor, Tensor]:
-    """Which task teaches a class, and which classes a prediction may name once task ``upto`` is learned.
+def seen_classes(stream: Stream, upto: int) -> Tensor:
+    """Which classes a prediction may name once task ``upto`` is learned, ``(classes,)`` bool.
 
     Args:
         stream: gives the tasks.
         upto: index of the task that was trained last; -1 lets predictions name every class.
-
-    Returns:
-        ``(classes,)`` int64 and ``(classes,)`` bool.
     """
     tasks = evaluation_tasks(stream)
-    learned = len(tasks) if upto < 0 else learned_after(stream, upto)
-    owner = torch.zeros(stream.n_classes, dtype=torch.int64)
+    everything = upto < 0 or bool(getattr(stream, "open_vocabulary", False))
+    learned = len(tasks) if everything else learned_after(stream, upto)
     seen = torch.zeros(stream.n_classes, dtype=torch.bool)
-    for task in tasks:
-        owner[list(task.classes)] = task.index
-        if task.index < learned or getattr(stream, "open_vocabulary", False):
-            seen[list(task.classes)] = True
-    return owner, seen
+    seen[[c for t in tasks if t.index < learned for c in t.classes]] = True
+    return seen
 
 
 def forward_setting(
@@ -267,7 +261,10 @@ def evaluate_tasks(
     learned = len(tasks) if upto < 0 else learned_after(stream, upto)
     n = len(tasks)
     device, precision, move = forward_setting(module, trainer)
-    owner, seen = (table.to(device) for table in class_tables(stream, upto))
+    owner = torch.zeros(stream.n_classes, dtype=torch.int64)
+    for task in tasks:
+        owner[list(task.classes)] = task.index
+    owner, seen = owner.to(device), seen_classes(stream, upto).to(device)
     chosen = [t for t in tasks if t.index < learned or future]
     counts = torch.zeros(n, 3 + n, dtype=torch.int64, device=device)
     learned_classes = [c for t in tasks if t.index < learned for c in t.classes]
@@ -294,5 +291,5 @@ def evaluate_tasks(
         return tuple(int(table[i, k]) if i in measured else None for i in range(n))
 
     distinct = sum(len(t.classes) for t in tasks) == len({c for t in tasks for c in t.classes})
-    confusion = tuple(tuple(int(c) for c in table[i, 3:]) for i in range(n)) if distinct else ()
+    confusion = tuple(map(tuple, table[:, 3:].tolist())) if distinct else ()
     return Row(upto, column(0), column(1), column(2), confusion, time.perf_counter() - started, labels)

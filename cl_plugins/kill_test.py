@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 
-from cl_plugins import _cache_files, checkpoint_files, feature_cache, runner
+from cl_plugins import _cache_files, checkpoint_files, runner
 from cl_plugins.benchmark import run_benchmark
 from cl_plugins.recipes import load_recipe, recipe_names
 from cl_plugins.result import write_json, write_text
@@ -114,7 +114,7 @@ def aim(moment: str, count: int) -> None:
     elif moment == "while evaluating":
         _kill_at((count + 1) // 2, (runner, "evaluate_tasks"))
     elif moment == CACHING:  # a batch of rows is written, the manifest is, and names are changed
-        _kill_at(count, (feature_cache.EntryFile, "write"), (_cache_files, "_write_synced"))
+        _kill_at(count, (_cache_files.EntryFile, "write"), (_cache_files, "_write_synced"))
     elif moment == "while reporting":
         write = Path.write_text
 

@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from cl_plugins.evaluation import (
     Predict,
-    class_tables,
     default_predict,
     evaluating,
     evaluation_tasks,
     forward_setting,
+    seen_classes,
     split_batch,
 )
 from cl_plugins.task import Stream
@@ -74,6 +74,10 @@ class _Pool(Dataset[Any]):
         self.tasks = sorted(loaders)
         self.parts = [(loaders[t].dataset, loaders[t].collate_fn) for t in self.tasks]
         sizes = [len(dataset) for dataset, _ in self.parts]  # type: ignore[arg-type]
+        self.task_of = np.array(self.tasks, np.int64)
+        # data sets that can be read as one: a run of few samples costs as much as a whole batch otherwise
+        join = getattr(self.parts[0][0], "joined", None)
+        self.whole = None if join is None else join([dataset for dataset, _ in self.parts])
         self.starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
 
     def __len__(self) -> int:
@@ -91,6 +95,8 @@ class _Pool(Dataset[Any]):
         """A batch; neighbors of one task are read together."""
         asked = np.asarray(numbers, np.int64)
         places = np.searchsorted(self.starts, asked, side="right") - 1
+        if self.whole is not None:
+            return torch.from_numpy(self.task_of[places]), self.parts[0][1](self.whole.__getitems__(list(numbers)))
         cuts = np.flatnonzero(np.diff(places)) + 1
         owners, runs = [], []
         for part, place in zip(np.split(asked, cuts), places[np.r_[0, cuts]].tolist(), strict=True):
@@ -278,10 +284,10 @@ def evaluate_pooled(
     """
     columns = evaluation_tasks(stream)
     device, precision, move = forward_setting(module, trainer)
-    _, seen = (table.to(device) for table in class_tables(stream, upto))
+    seen = seen_classes(stream, upto).to(device)
+    pairs = [(task, c) for task in tasks for c in columns[task].classes]
     own = torch.zeros(len(columns), stream.n_classes, dtype=torch.bool)
-    for task in tasks:
-        own[task, list(columns[task].classes)] = True
+    own[tuple(torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).T)] = True
     own = own.to(device)
     least = max((max(columns[task].classes) for task in tasks), default=-1)
     counts = torch.zeros(3, len(columns), dtype=torch.int64, device=device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +56,10 @@ def _number(value: Tensor | float) -> float | None:
     return number if math.isfinite(number) else None
 
 
+MOST_CONFUSED = 100
+"""Tasks up to which the confusions of every row are kept; those of a longer stream would grow with its cube."""
+
+
 @dataclass
 class StreamResult:
     """Accuracy of every task after every task, as integer counts.
@@ -85,6 +89,12 @@ class StreamResult:
     trainable_parameters: int = 0
     learned_at: list[int] | None = None
     inside_tasks: list[InsideRow] = field(default_factory=list)
+
+    def add(self, row: Row) -> None:
+        """Append a row; past :data:`MOST_CONFUSED` tasks only the newest keeps its ``tasks ** 2`` confusions."""
+        if self.rows and len(self.tasks) > MOST_CONFUSED:
+            self.rows[-1] = replace(self.rows[-1], confusion=())
+        self.rows.append(row)
 
     @classmethod
     def for_stream(cls, stream: Stream) -> StreamResult:

@@ -251,7 +251,7 @@ SCENARIOS += (
         "CORe50 NC, new objects in each task",
         "core50:core50_nc",
         {},
-        "9 tasks, 10 + 8 x 5 classes; 119,894 training and 44,972 test images",
+        "9 tasks, 10 + 8 x 5 classes, eight sessions to train and three to test",
         _CORE50,
     ),
     ScenarioInfo(
@@ -259,7 +259,7 @@ SCENARIOS += (
         "CORe50 NI, the same 50 objects in another session in each task, tested on three sessions that are in none",
         "core50:core50_ni",
         {},
-        "8 tasks x the same 50 classes; 119,894 training and 44,972 test images",
+        "8 tasks x the same 50 classes, a session each, and three sessions to test",
         _CORE50,
     ),
     ScenarioInfo(
@@ -267,7 +267,7 @@ SCENARIOS += (
         "DomainNet, the same classes in six styles from photos to drawings",
         "domain_net:domainnet",
         {},
-        "6 tasks x the same 345 classes; 409,832 training and 176,743 test images",
+        "6 tasks x the same 345 classes",
         "root= with the six domains and the lists <domain>_train.txt and <domain>_test.txt",
     ),
     ScenarioInfo(
@@ -336,6 +336,27 @@ SCENARIOS += (
         "11 tasks, 1,201 classes; all training images, or shots= of each class",
         _ALL_SETS,
         modality="image-text",
+    ),
+)
+
+SCENARIOS += (
+    ScenarioInfo(
+        "multilabel-coco",
+        "COCO, several labels an image; B40-C10, with protocol= B0-C10 as well, and year= 2014 or 2017",
+        "multi_label_benchmarks:multilabel_coco",
+        {},
+        "5 tasks, 40 + 4 x 10 classes; trained on the training and tested on the validation images",
+        "root= with annotations/instances_{train,val}2014.json, train2014 and val2014",
+        modality="multi-label",
+    ),
+    ScenarioInfo(
+        "multilabel-voc",
+        "Pascal VOC, several labels an image; B10-C2, with protocol= B4-C2 as well, and year= 2007 or 2012",
+        "multi_label_benchmarks:multilabel_voc",
+        {},
+        "6 tasks, 10 + 5 x 2 classes; 5,011 training and 4,952 test images",
+        "root= with VOCdevkit/VOC2007, or root= and download=True",
+        modality="multi-label",
     ),
 )
 

@@ -33,7 +33,10 @@ FILES: dict[str, tuple[str, ...]] = {
     "tiny-imagenet": ("tiny-imagenet-200/wnids.txt", "tiny-imagenet-200/train", "tiny-imagenet-200/val/images"),
     "core50-nc": _CORE50,
     "core50-ni": _CORE50,
-    "domainnet": tuple(f"{d}_train.txt" for d in ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")),
+    "domainnet": tuple(
+        f"{d}_train.txt|splits/{d}_train.txt"
+        for d in ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
+    ),
     "fewshot-cifar100": _CIFAR100,
     "fewshot-mini-imagenet": ("miniimagenet/images", "miniimagenet/split/train.csv"),
     "fewshot-cub200": _CUB,

@@ -121,8 +121,9 @@ def load_data(name: str, *, root: str | None = None, download: bool = False, **o
         raise ValueError(f"`data` must be a known data set, got {name!r}{did_you_mean(name, [*_DATA, *_SCENARIOS])}")
     where = {"root": root, "download": download} if known.needs else {}
     loader = _resolve(known.loader)
-    taken = list(inspect.signature(loader).parameters)
-    unknown = next((key for key in options if key not in taken), None)
+    parameters = inspect.signature(loader).parameters
+    taken = [key for key, p in parameters.items() if p.kind is not p.VAR_KEYWORD]
+    unknown = next((key for key in options if key not in taken), None) if len(taken) == len(parameters) else None
     if unknown is not None:
         raise ValueError(
             f"`{unknown}` must be an option of {known.name!r}, which takes"

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from cl_plugins import Task, fit_stream
 from cl_plugins.callbacks import (
@@ -321,6 +321,24 @@ def test_the_shares_of_a_pool_are_its_samples_once_each(sizes, size, world):
             assert 1 <= len(values) <= size
             found += values.tolist()
     assert sorted(found) == sorted(v for t in chosen for v in data[t].tensors[0].tolist())
+
+
+def _draws(image):
+    return image + torch.rand(()) + np.random.rand() + random.random()
+
+
+@pytest.mark.parametrize("options", [{"eval_transform": _draws}, {}, {"collate_fn": lambda s: default_collate(s)}])
+def test_samples_of_joined_views_are_those_of_each_view(options):
+    stream = tiny_stream(**options)
+    loaders = {t: stream.test_loader(t) for t in (0, 2)}
+    pool = PooledLoader(loaders)
+    assert pool.pool.whole is not None
+    tasks, batches = zip(*pool.batches([0, 2]), strict=True)
+    expected = [batch for t in (0, 2) for batch in loaders[t]]
+    for k in range(2):
+        assert torch.equal(torch.cat([b[k] for b in batches]), torch.cat([b[k] for b in expected]))
+    assert torch.cat(tasks).tolist() == [0] * 10 + [2] * 10
+    assert PooledLoader({0: stream.test_loader(0), 1: tiny_stream(**options).test_loader(1)}).pool.whole is None
 
 
 def test_a_head_that_is_too_narrow_is_named():

@@ -42,6 +42,8 @@ def parser() -> ArgumentParser:
     parser.add_argument(
         "--eval-samples", type=int | None, default=None, help="with --eval-every: at most so many samples of a task"
     )
+    parser.add_argument("--keep-checkpoints", action="store_true", help="leave both when the run is finished, not one")
+    parser.add_argument("--adapters", action="store_true", help="also write checkpoints/adapters.safetensors")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
 
@@ -69,6 +71,8 @@ def execute(arguments: Any) -> int:
         eval_every=arguments.eval_every,
         eval_tasks=arguments.eval_tasks,
         eval_samples=arguments.eval_samples,
+        keep_checkpoints=arguments.keep_checkpoints,
+        adapters=arguments.adapters,
     )
     print(summary_table(result))
     print(f"\nresult  {folder / 'result.json'}\nreport  {folder / 'report.html'}")
