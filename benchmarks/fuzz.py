@@ -270,7 +270,7 @@ def fuzz_checkpoint(rng: random.Random, folder: Path) -> None:
     state.begin(_Stream(), StreamResult([]))  # type: ignore[arg-type]
     saved, _ = state.read(path)
     assert isinstance(saved["task"], int)
-    assert isinstance(saved["rows"], list)
+    assert isinstance(saved["rows"], dict)
 
 
 _ADAPTERS: list[bytes] = []

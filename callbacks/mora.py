@@ -26,7 +26,7 @@ from torch import nn
 from cl_plugins.adapters._rank_experts_functional import ScoreNorm
 from cl_plugins.adapters.delta import LinearDelta, adapter_dtype
 from cl_plugins.adapters.rank_experts import ExpertOptions, RankExperts
-from cl_plugins.evaluation import default_predict
+from cl_plugins.evaluation import default_predict, evaluation_tasks, learned_after
 from cl_plugins.expert_usage import expert_usage, usage_events
 from cl_plugins.targets import QkvMode, Site
 
@@ -36,6 +36,15 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
 
     from cl_plugins.task import Stream, Task
+
+
+_MOST_REPORTED = 50
+
+
+def _spread(n: int) -> list[int]:
+    """At most :data:`_MOST_REPORTED` of ``n`` numbers from 0, evenly spread, the last one among them."""
+    count = min(n, _MOST_REPORTED)
+    return [(k + 1) * n // count - 1 for k in range(count)]
 
 
 class MoRA(LinearAdapters):
@@ -174,18 +183,26 @@ class MoRA(LinearAdapters):
         next(iter(self.banks(module).values())).merge()
 
     def report_events(self, module: nn.Module) -> list[dict[str, Any]]:
-        """Use of the experts per layer and task, on the first test batches of the tasks so far."""
+        """Use of the experts per layer and task, on the first test batches of the tasks so far.
+
+        In a stream of more than :data:`_MOST_REPORTED` tasks it is told so many times, for so many tasks at most: for
+        all tasks after each, the record would grow with the cube of their number.
+        """
         banks = self.banks(module)
         learned = {task for bank in banks.values() for task, _ in bank.tasks}
         if self._stream is None or not self.probe or not learned:
             return []
-        tasks = [t for t in self._stream.tasks if t.index <= max(learned)]
+        newest, n = max(learned), len(self._stream.tasks)
+        if newest not in _spread(n):
+            return []
+        columns = evaluation_tasks(self._stream)[: learned_after(self._stream, newest)]
+        tasks = [columns[i] for i in _spread(len(columns))]
         predict = getattr(self._stream, "predict", default_predict)
         usages = {
             t.index: expert_usage(module, banks, islice(iter(self._stream.test_loader(t.index)), self.probe), predict)
             for t in tasks
         }
-        return usage_events(self.key, usages, {t.index: t.name for t in tasks}, max(learned))
+        return usage_events(self.key, usages, {t.index: t.name for t in tasks}, newest)
 
     # Lightning's hooks
 

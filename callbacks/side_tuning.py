@@ -45,7 +45,8 @@ class SideTuning(SideCallback):
             none.
         distill_lr: of the Adam that does so.
         regime: "per_task" as published; or "per_task_dense", "shared", "first_session".
-        routing: who answers in the evaluation of the per-task regimes: "prototype", "logits" or "both".
+        routing: who answers in the evaluation of the per-task regimes: "prototype", "logits", "posterior" or
+            "both"; see :mod:`cl_plugins.adapters.side_bank`.
         warm_start: begin a new task's side network with the weights of the one before, instead of distilling it.
         backbone: dotted name of the transformer, for modules with several.
         head: dotted name of the classifier, for modules where it cannot be told.

@@ -64,7 +64,7 @@ class ForgettingTracker(ContinualCallback):
         total = torch.tensor([-1 if c is None else c for c in row.total])
         self.matrix.update_row(row.after, correct, total)
         if row.after >= 0:
-            self._result.rows.append(row)
+            self._result.add(row)
 
     def values(self) -> dict[str, float]:
         """The numbers after the latest task, by key; undefined ones are left out."""

@@ -121,11 +121,11 @@ def publish(folder: str | Path, task: int, step: int, write: Callable[[Path], No
             sums.unlink(missing_ok=True)
         raise
     _sync(target)
-    _clean(target, keep)
+    keep_newest(target, keep)
     return path
 
 
-def _clean(folder: Path, keep: int) -> None:
+def keep_newest(folder: Path, keep: int = 1) -> None:
     """Remove what is older than the newest ``keep``, and what killed processes left."""
     files = checkpoint_files(folder)
     for path in files[:-keep]:

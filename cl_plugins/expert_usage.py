@@ -57,20 +57,21 @@ def usage_events(
         prefix: the method's name.
         usages: by index of the task whose data were used.
         names: of the tasks, by index.
-        newest: index of the task that was learned last.
+        newest: index of the task that was learned last; ``usages`` may name other tasks, those that are evaluated.
     """
-    if newest not in usages or not usages[newest]:
+    tasks = sorted(usages)
+    if not tasks or not usages[tasks[-1]]:
         return []
-    layers, tasks = list(usages[newest]), sorted(usages)
+    layers = list(usages[tasks[-1]])
     mass = {t: torch.tensor([usages[t][layer]["mass"] for layer in layers]) for t in tasks}
-    growths = [f"experts of growth {i}" for i in range(mass[newest].shape[1])]
+    growths = [f"experts of growth {i}" for i in range(mass[tasks[-1]].shape[1])]
     data = [names.get(t, f"task {t}") for t in tasks]
 
     def by_layer(quantity: str) -> list[list[float]]:
         return [[usages[t][layer][quantity] for t in tasks] for layer in layers]
 
     rows = {
-        "mass_per_layer": (mass[newest].tolist(), layers, growths),
+        "mass_per_layer": (mass[tasks[-1]].tolist(), layers, growths),
         "mass_per_task": ([mass[t].mean(0).tolist() for t in tasks], data, growths),
         "tokens_without_expert": (by_layer("empty"), layers, data),
         "effective_experts": (by_layer("effective"), layers, data),

@@ -4,8 +4,12 @@
 
 One process imports everything and forks a child for each start, so a start costs no imports. A child runs what
 ``cl-bench run --resume`` runs. Every second kill is aimed, at the moments of :data:`AIMS`; the others come at a random
-time. Compared are weights and buffers (bit for bit), the states of all callbacks, the counts of the accuracy matrix and
-the rows of the run store, which must hold each row once. Needs ``fork``: Linux or macOS.
+time. Methods that cache features keep them in a folder of the run, so that a start finds what a killed one had written.
+Compared are weights and buffers (bit for bit), the states of all callbacks, the counts of the accuracy matrix, the rows
+of the run store, which must hold each row once, and the cached features. Needs ``fork``: Linux or macOS.
+
+A long test can be run in pieces: ``--add`` adds to what the file of ``--out`` holds, with other moments, and stops at
+``--kills`` for each method; ``--seconds`` begins no new run after so much time.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import os
 import random
 import shutil
@@ -20,22 +25,25 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cl_plugins import checkpoint_files, runner
+from cl_plugins import _cache_files, checkpoint_files, runner
 from cl_plugins.benchmark import run_benchmark
-from cl_plugins.recipes import recipe_names
+from cl_plugins.recipes import load_recipe, recipe_names
 from cl_plugins.result import write_json, write_text
 from cl_plugins.run_writer import event_files
 from cl_plugins.runs import read_run
 
 AIMS = ("inside a batch", "while saving", "between tasks", "while growing", "while evaluating", "while reporting")
 """What the aimed kills hit."""
+
+CACHING = "while filling a cache"
+"""What they hit as well in methods that cache features."""
 
 _SETTINGS: dict[str, Any] = {
     "scenario": "split-digits",
@@ -69,36 +77,44 @@ class Outcome:
     differences: list[str] = field(default_factory=list)
 
 
-def _kill_at(owner: Any, name: str, count: int, wanted: Callable[..., bool] = lambda *a: True) -> None:
-    """Let this process kill itself at the ``count``-th call of a function."""
-    before, calls = getattr(owner, name), [0]
+def _kill_at(count: int, *functions: tuple[Any, str]) -> None:
+    """Let this process kill itself at the ``count``-th call of the functions, each an owner and a name."""
+    calls = [0]
 
-    def killing(*arguments: Any, **options: Any) -> Any:
-        calls[0] += wanted(*arguments)
-        if calls[0] == count:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return before(*arguments, **options)
+    def arm(owner: Any, name: str) -> None:
+        before = getattr(owner, name)
 
-    setattr(owner, name, killing)
+        def killing(*arguments: Any, **options: Any) -> Any:
+            calls[0] += 1
+            if calls[0] == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return before(*arguments, **options)
+
+        setattr(owner, name, killing)
+
+    for owner, name in functions:
+        arm(owner, name)
 
 
 def aim(moment: str, count: int) -> None:
-    """Arm this process to die at a moment of :data:`AIMS`, the ``count``-th time it comes.
+    """Arm this process to die at a moment of :data:`AIMS`, or :data:`CACHING`, the ``count``-th time it comes.
 
     Raises:
         ValueError: for an unknown moment.
     """
     tracker = importlib.import_module("cl_plugins.callbacks").ForgettingTracker
     if moment == "inside a batch":
-        _kill_at(tracker, "on_before_backward", count)
+        _kill_at(count, (tracker, "on_before_backward"))
     elif moment == "while saving":  # three calls a save: file written, checksum written, renamed
-        _kill_at(checkpoint_files, "_sync", count)
+        _kill_at(count, (checkpoint_files, "_sync"))
     elif moment == "between tasks":
-        _kill_at(tracker, "on_row", (count + 1) // 2)
+        _kill_at((count + 1) // 2, (tracker, "on_row"))
     elif moment == "while growing":  # the method has grown, observers have not been told
-        _kill_at(tracker, "on_task_start", (count + 2) // 3)
+        _kill_at((count + 2) // 3, (tracker, "on_task_start"))
     elif moment == "while evaluating":
-        _kill_at(runner, "evaluate_tasks", (count + 1) // 2)
+        _kill_at((count + 1) // 2, (runner, "evaluate_tasks"))
+    elif moment == CACHING:  # a batch of rows is written, the manifest is, and names are changed
+        _kill_at(count, (_cache_files.EntryFile, "write"), (_cache_files, "_write_synced"))
     elif moment == "while reporting":
         write = Path.write_text
 
@@ -111,7 +127,11 @@ def aim(moment: str, count: int) -> None:
 
         Path.write_text = half  # type: ignore[assignment]
     else:
-        raise ValueError(f"`moment` must be one of {', '.join(AIMS)}, got {moment!r}")
+        raise ValueError(f"`moment` must be one of {', '.join((*AIMS, CACHING))}, got {moment!r}")
+
+
+def _caches(method: str) -> bool:
+    return any(entry["class"] == "CacheFeatures" for entry in load_recipe(method, _SETTINGS["scenario"]).callbacks)
 
 
 def _start(method: str, folder: Path, moment: str | None = None, count: int = 1) -> int:
@@ -127,6 +147,8 @@ def _start(method: str, folder: Path, moment: str | None = None, count: int = 1)
         if moment is not None:
             aim(moment, count)
         options = {**_SETTINGS["options"], **_OPTIONS.get(method, {})}
+        if _caches(method):
+            options["CacheFeatures.folder"] = str(folder / "cache")
         run_benchmark(method, out=folder, resume=True, **{**_SETTINGS, "options": options})
         status = 0
     except BaseException:
@@ -171,6 +193,12 @@ def _equal(a: Any, b: Any) -> bool:
 _TIMES = ("seconds", "spent")
 
 
+def _cached(folder: Path) -> dict[str, Any]:
+    """The checksums of the cached arrays in a folder, by entry."""
+    manifests = {p.name: json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*.json"))}
+    return {name: [(s["name"], s["crc32"]) for s in m["segments"]] for name, m in manifests.items()}
+
+
 def differences(folder: Path, expected: Path) -> list[str]:
     """What of a finished run is not as in another; times of the clock aside."""
     found = []
@@ -200,11 +228,15 @@ def differences(folder: Path, expected: Path) -> list[str]:
             found.append(f"{path.name} holds a row twice")
     if not (folder / "report.html").read_text(encoding="utf-8").rstrip().endswith("</html>"):
         found.append("report.html is not whole")
+    theirs, ours = _cached(expected / "cache"), _cached(folder / "cache")
+    found += [f"cached features {name} differ" for name in theirs if theirs[name] != ours.get(name)]
     left = [p.name for p in (*folder.rglob("*.tmp"), *folder.glob("previous-*"))]
-    return found + ([f"left behind: {', '.join(left)}"] if any("ckpt" in name for name in left) else [])
+    return found + ([f"left behind: {', '.join(left)}"] if any("ckpt" in n or ".bin" in n for n in left) else [])
 
 
-def kill_method(method: str, kills: int, root: Path, seed: int = 0, per_run: int = 10) -> Outcome:
+def kill_method(
+    method: str, kills: int, root: Path, seed: int = 0, per_run: int = 10, seconds: float = math.inf
+) -> Outcome:
     """Kill runs of a method ``kills`` times in all and compare each finished one with the uninterrupted run.
 
     Args:
@@ -213,6 +245,7 @@ def kill_method(method: str, kills: int, root: Path, seed: int = 0, per_run: int
         root: where runs are written; removed when all is equal.
         seed: of the moments.
         per_run: most kills of one run.
+        seconds: after so much time no further process is killed; the run under way is finished and compared.
     """
     outcome, chance = Outcome(method), random.Random(f"{method} {seed}")
     expected = root / f"{method}-whole"
@@ -222,14 +255,16 @@ def kill_method(method: str, kills: int, root: Path, seed: int = 0, per_run: int
     if status != 0:
         outcome.differences.append(f"the uninterrupted run ended with {status}")
         return outcome
-    done, number = 0, 0
+    done, number, aims = 0, 0, (*AIMS, *([CACHING] if _caches(method) else []))
     while done < kills and number < 3 * kills and not outcome.differences:
         folder, number = root / f"{method}-{number}", number + 1
         finished, here = False, 0
         while not finished:
+            if time.monotonic() - started >= seconds:
+                kills = done
             last = here >= per_run or done >= kills
             aimed = not last and done % 2 == 0
-            moment = chance.choice(AIMS) if aimed else None
+            moment = chance.choice(aims) if aimed else None
             limit = None if last or aimed else chance.uniform(0.0, outcome.seconds)
             status = _wait(_start(method, folder, moment, chance.randint(1, 6)), limit)
             outcome.starts += 1
@@ -252,13 +287,20 @@ def kill_method(method: str, kills: int, root: Path, seed: int = 0, per_run: int
 
 def markdown(outcomes: Sequence[Outcome]) -> str:
     """The outcomes as a table."""
-    lines = ["| method | kills | " + " | ".join((*AIMS, "at random")) + " | starts | differences |"]
-    lines.append("|---" * (len(AIMS) + 5) + "|")
+    lines = ["| method | kills | " + " | ".join((*AIMS, CACHING, "at random")) + " | starts | differences |"]
+    lines.append("|---" * (len(AIMS) + 6) + "|")
     for o in outcomes:
-        cells = [str(o.kills.get(m, 0)) for m in (*AIMS, "at random")]
+        cells = [str(o.kills.get(m, 0)) for m in (*AIMS, CACHING, "at random")]
         found = "; ".join(o.differences[:3]) or "none"
         lines.append(f"| {o.method} | {sum(o.kills.values())} | {' | '.join(cells)} | {o.starts} | {found} |")
     return "\n".join(lines) + "\n"
+
+
+def _sum(first: Outcome, second: Outcome) -> Outcome:
+    """The outcomes of two pieces of a test."""
+    kills = {m: first.kills.get(m, 0) + second.kills.get(m, 0) for m in (*first.kills, *second.kills)}
+    both = [*first.differences, *second.differences]
+    return Outcome(first.method, kills, first.starts + second.starts, second.seconds, both)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -269,25 +311,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--out", type=Path, default=Path("kills.json"), help="JSON; a table goes beside it as .md")
     parser.add_argument("--scenario", default=_SETTINGS["scenario"], help="a scenario of `cl-bench list`")
+    parser.add_argument("--add", action="store_true", help="add to what --out holds, up to --kills for each method")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="kill nothing after so much time")
     arguments = parser.parse_args(argv)
     _SETTINGS["scenario"] = arguments.scenario
     torch.set_num_threads(1)
     importlib.import_module("cl_plugins.callbacks")  # before the first fork
-    outcomes = []
-    root = Path(tempfile.mkdtemp(prefix="kill-test-"))
+    known: dict[str, Outcome] = {}
+    if arguments.add and arguments.out.exists():
+        held = json.loads(arguments.out.read_text(encoding="utf-8"))
+        known = {o["method"]: Outcome(**o) for o in held["outcomes"]}
+    root, began = Path(tempfile.mkdtemp(prefix="kill-test-")), time.monotonic()
     for method in arguments.methods:
-        outcomes.append(kill_method(method, arguments.kills, root, arguments.seed))
-        print(markdown(outcomes[-1:]).splitlines()[-1], flush=True)
+        before = known.get(method, Outcome(method))
+        missing, rest = arguments.kills - sum(before.kills.values()), arguments.seconds - (time.monotonic() - began)
+        if missing <= 0 or rest <= 0:
+            continue
+        known[method] = _sum(before, kill_method(method, missing, root, arguments.seed + before.starts, seconds=rest))
+        outcomes = list(known.values())
+        print(markdown([known[method]]).splitlines()[-1], flush=True)
         write_json(arguments.out, {"settings": _SETTINGS, "outcomes": [asdict(o) for o in outcomes]})
         write_text(arguments.out.with_suffix(".md"), markdown(outcomes))
-    if any(o.differences for o in outcomes):
+    if any(o.differences for o in known.values()):
         print(f"runs that differ are in {root}")
         return 1
     shutil.rmtree(root)
     return 0
 
 
-__all__ = ["AIMS", "Outcome", "aim", "differences", "kill_method", "main", "markdown"]
+__all__ = ["AIMS", "CACHING", "Outcome", "aim", "differences", "kill_method", "main", "markdown"]
 
 if __name__ == "__main__":
     sys.exit(main())

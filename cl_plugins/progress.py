@@ -41,7 +41,9 @@ class StreamProgress(ContinualCallback):
     def on_stream_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stream: Stream) -> None:
         """Open the bar."""
         self._result = StreamResult.for_stream(stream)
-        self._result.rows.extend(row for row in finished_rows(trainer) if row.after >= 0)
+        for row in finished_rows(trainer):
+            if row.after >= 0:
+                self._result.add(row)
         self._n_tasks = len(stream.tasks)
         if not self.enabled or trainer.global_rank != 0:
             return
@@ -86,7 +88,7 @@ class StreamProgress(ContinualCallback):
         """Show the numbers after the task."""
         if row.after < 0 or self._result is None:
             return
-        self._result.rows.append(row)
+        self._result.add(row)
         count = self._n_tasks
         self._move_to(row.after + 1.0, f"task {row.after + 1}/{count} done{self._numbers()}")
         if self._bar is not None and self._bar.disable:

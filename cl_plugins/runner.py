@@ -92,6 +92,15 @@ def _refuse(trainer: pl.Trainer, stream: Stream) -> None:
             "`reload_dataloaders_every_n_epochs` must be 0, since the stream gives each task its own loader,"
             f" got {reload_every!r}"
         )
+    _refuse_strategy(trainer)
+    check_tasks(stream.tasks, shared_classes=bool(getattr(stream, "shared_classes", False)))
+    too_large = max(max(t.classes) for t in stream.tasks)
+    if stream.n_classes <= too_large:
+        raise ValueError(f"`stream.n_classes` must cover class {too_large}, got {stream.n_classes!r}")
+
+
+def _refuse_strategy(trainer: pl.Trainer) -> None:
+    """Ways of several processes after which a task's end would not find the whole weights."""
     kind = type(trainer.strategy).__name__
     if kind.startswith(_SHARDED):
         raise ValueError(
@@ -104,10 +113,6 @@ def _refuse(trainer: pl.Trainer, stream: Stream) -> None:
             "`strategy` must not spawn processes, because what they learn is lost when a task ends,"
             f" got {type(trainer.strategy).__name__} with a spawn or fork launcher; use strategy='ddp' and torchrun"
         )
-    check_tasks(stream.tasks, shared_classes=bool(getattr(stream, "shared_classes", False)))
-    too_large = max(max(t.classes) for t in stream.tasks)
-    if stream.n_classes <= too_large:
-        raise ValueError(f"`stream.n_classes` must cover class {too_large}, got {stream.n_classes!r}")
 
 
 def _initial_states(trainer: pl.Trainer) -> dict[int, dict[str, Any]]:
@@ -133,7 +138,11 @@ def start_task(trainer: pl.Trainer, module: pl.LightningModule, stream: Stream, 
         stream: gives the data; passed to ``fit`` as ``datamodule``.
         index: the task.
         seed: for what plugins draw when they grow.
+
+    Raises:
+        ValueError: for strategies that shard weights or spawn processes.
     """
+    _refuse_strategy(trainer)
     check_composition(plugins_of(trainer), module)
     stream.task = index
     trainer.fit_loop.epoch_progress.reset()  # without it a second fit does nothing, silently
@@ -270,7 +279,8 @@ def fit_stream(
         evaluate_initial: evaluate all tasks before any training, for forward transfer.
         evaluate_future: evaluate tasks that are not learned yet as well, for transfer metrics.
         predict: gives the logits ``(batch, classes)`` of a batch; the default is the stream's own ``predict`` where
-            it has one, as streams of text do, and else calls ``module(x)``.
+            it has one, as streams of text do, and else calls ``module(x)``; methods that route test samples, such as
+            :class:`~cl_plugins.callbacks.TaskGroups`, do so around the default and leave a given one alone.
 
     Returns:
         The accuracy matrix as counts, and the numbers that follow from it.
@@ -282,7 +292,8 @@ def fit_stream(
     """
     _refuse(trainer, stream)
     check_composition(plugins_of(trainer), module)
-    if predict is default_predict:
+    own_predict = predict is default_predict
+    if own_predict:
         predict = getattr(stream, "predict", default_predict)
     state = next((c for c in trainer.callbacks if isinstance(c, StreamState)), None)  # type: ignore[attr-defined]
     if state is None:
@@ -292,6 +303,7 @@ def fit_stream(
         trainer.callbacks.insert(0, _LossGuard())  # type: ignore[attr-defined]  # before what saves
     result = StreamResult.for_stream(stream)
     state.begin(stream, result)
+    state.predict = predict
     first, resume, spent, between = 0, None, 0.0, None
     if ckpt_path is not None:
         resume = find_checkpoint(trainer, ckpt_path)
@@ -307,6 +319,9 @@ def fit_stream(
         stack.enter_context(_tell_failures(trainer, module, plugins))
         for plugin in plugins:
             plugin.on_stream_start(trainer, module, stream)
+        if own_predict:
+            for plugin in plugins:
+                predict = plugin.predictor(predict)
         if evaluate_initial and resume is None:
             result.initial = evaluate_tasks(module, stream, -1, trainer=trainer, predict=predict)
             for plugin in plugins:
@@ -330,7 +345,7 @@ def fit_stream(
             resume = None
             row = end_task(trainer, module, stream, index, future=evaluate_future, predict=predict)
             result.train_seconds.append(time.perf_counter() - started - row.seconds)
-            result.rows.append(row)
+            result.add(row)
             state.task, state.started = index + 1, None
             for saver in savers:
                 saver.save_between(trainer, module, stream, index + 1)

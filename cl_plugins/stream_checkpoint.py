@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cl_plugins._lightning import Checkpoint
+from cl_plugins.adapter_export import check_owned, export_adapters
 from cl_plugins.checkpoint_files import publish
+from cl_plugins.plugin import plugins_of
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -49,6 +51,8 @@ class StreamCheckpoint(Checkpoint):
         every_n_steps: also save inside tasks, after so many optimizer steps; None does not.
         every_n_minutes: also save inside tasks when so much time has passed since the last save; None does not.
         keep: how many checkpoints stay, 2 or more, so that a good one is left when the newest is damaged.
+        adapters: also write what the methods own as ``adapters.safetensors`` in the folder, at each task's end; see
+            :func:`cl_plugins.adapter_export.load_adapters`.
 
     Note:
         A checkpoint holds the weights with the grown structure, optimizers, schedulers, GradScaler, the position in
@@ -56,7 +60,8 @@ class StreamCheckpoint(Checkpoint):
         Inside tasks it is an ordinary Lightning checkpoint; both kinds load with ``weights_only=True``.
 
     Raises:
-        ValueError: for a period of 0 or less, or ``keep`` below 2.
+        ValueError: for a period of 0 or less, or ``keep`` below 2; when training starts, for ``adapters`` beside
+            methods that train the model itself.
         OSError: while saving, when the disk is full or read-only; it says which checkpoint is still good.
 
     Example:
@@ -70,6 +75,7 @@ class StreamCheckpoint(Checkpoint):
         every_n_steps: int | None = None,
         every_n_minutes: float | None = None,
         keep: int = 2,
+        adapters: bool = False,
     ) -> None:
         for name, value in (("every_n_steps", every_n_steps), ("every_n_minutes", every_n_minutes)):
             if value is not None and not value > 0:
@@ -80,6 +86,7 @@ class StreamCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
         self.every_n_minutes = every_n_minutes
         self.keep = keep
+        self.adapters = adapters
         self.last: Path | None = None
         """The file that was written last by this object."""
         self._told_to_stop = False
@@ -119,18 +126,23 @@ class StreamCheckpoint(Checkpoint):
     # saving
 
     def _publish(self, trainer: pl.Trainer, task: int, write: Any) -> None:
+        self.last = self._write(lambda: publish(self.folder, task, trainer.global_step, write, self.keep))
+        self._saved_at = time.monotonic()
+
+    def _write(self, write: Callable[[], Path]) -> Path:
         try:
-            self.last = publish(self.folder, task, trainer.global_step, write, self.keep)
+            return write()
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
             kept = f"{self.last} is still good" if self.last else "earlier checkpoints, if any, are still good"
             raise OSError(
                 f"the checkpoint in {str(self.folder)!r} could not be written: {error};"
                 f" {kept}; make room or give another folder, then resume with ckpt_path='last' (cl-bench: --resume)"
             ) from error
-        self._saved_at = time.monotonic()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the signal over from Lightning, which would end training without saving."""
+        if self.adapters:
+            check_owned(pl_module, plugins_of(trainer))
         self._step = trainer.global_step
         if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) != self._handler:
             signal.signal(signal.SIGTERM, self._handler)
@@ -176,6 +188,8 @@ class StreamCheckpoint(Checkpoint):
     def save_between(self, trainer: pl.Trainer, module: pl.LightningModule, stream: Stream, task: int) -> None:
         """Save behind a task's evaluation, before task ``task``; then end if SIGTERM has come."""
         if trainer.is_global_zero:
+            if self.adapters:  # first: a run that is killed in between writes them once more
+                self._write(lambda: export_adapters(module, plugins_of(trainer), self.folder / "adapters.safetensors"))
             checkpoint = between_tasks(trainer, module, stream)
             self._publish(trainer, task, lambda path: torch.save(checkpoint, path))
         trainer.strategy.barrier()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,8 @@ from torch import Tensor, nn
 
 from cl_plugins._lightning import Callback
 from cl_plugins._reading import load_tensors
+from cl_plugins.evaluation import Predict
+from cl_plugins.label_scores import LabelScores
 from cl_plugins.plugin import Row
 from cl_plugins.result import StreamResult
 from cl_plugins.task import Stream
@@ -24,28 +28,47 @@ if TYPE_CHECKING:
 KEY = "cl_plugins.StreamState"
 
 
-def row_to_state(row: Row) -> dict[str, Any]:
-    """A row as plain lists."""
-    return {k: [list(x) if isinstance(x, tuple) else x for x in v] if isinstance(v, tuple) else v
-            for k, v in asdict(row).items()}  # fmt: skip
+_COUNTS = ("correct", "total", "correct_in_task")
 
 
-def row_from_state(state: dict[str, Any]) -> Row:
-    """The inverse of :func:`row_to_state`."""
-    return Row(
-        after=state["after"],
-        correct=tuple(state["correct"]),
-        total=tuple(state["total"]),
-        correct_in_task=tuple(state["correct_in_task"]),
-        confusion=tuple(tuple(line) for line in state["confusion"]),
-        seconds=state["seconds"],
-    )
+def rows_to_state(rows: Sequence[Row]) -> dict[str, Any]:
+    """Rows as plain values and few tensors: a stream of 1,000 tasks saves a million counts each time."""
+    counts = [[[-1 if c is None else c for c in getattr(row, name)] for name in _COUNTS] for row in rows]
+    told = {n: torch.tensor(row.confusion, dtype=torch.int64) for n, row in enumerate(rows) if row.confusion}
+    return {
+        "after": [row.after for row in rows],
+        "seconds": [row.seconds for row in rows],
+        "counts": torch.tensor(counts, dtype=torch.int64),
+        "confusion": told,
+        "labels": {n: _plain(asdict(row.labels)) for n, row in enumerate(rows) if row.labels is not None},
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
+
+
+def rows_from_state(state: dict[str, Any]) -> list[Row]:
+    """The inverse of :func:`rows_to_state`."""
+    rows = []
+    for n, (after, seconds, counts) in enumerate(
+        zip(state["after"], state["seconds"], state["counts"].tolist(), strict=True)
+    ):
+        correct, total, in_task = (tuple(None if c < 0 else c for c in column) for column in counts)
+        told = state["confusion"].get(n)
+        confusion = () if told is None else tuple(map(tuple, told.tolist()))
+        scores = state["labels"].get(n)
+        labels = None if scores is None else LabelScores.from_state(scores)
+        rows.append(Row(after, correct, total, in_task, confusion, seconds, labels))
+    return rows
 
 
 def restore_result(result: StreamResult, state: dict[str, Any]) -> None:
     """Put the rows and times of a saved state into an empty result."""
-    result.rows[:] = [row_from_state(r) for r in state["rows"]]
-    result.initial = None if state["initial"] is None else row_from_state(state["initial"])
+    result.rows[:] = rows_from_state(state["rows"])
+    result.initial = next(iter(rows_from_state(state["initial"])), None)
     result.train_seconds[:] = state["train_seconds"]
     result.trainable_parameters = state.get("trainable_parameters", 0)
 
@@ -75,11 +98,21 @@ def set_random_states(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(states["cuda"])
 
 
+@contextmanager
+def same_randomness() -> Iterator[None]:
+    """Whatever the block draws, the global generators of torch, NumPy and Python go on as if it had not run."""
+    states = random_states()
+    try:
+        yield
+    finally:
+        set_random_states(states)
+
+
 def finished_rows(trainer: pl.Trainer) -> list[Row]:
     """The rows that a resumed stream begins with; none in a stream that starts anew."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     state = next((c for c in callbacks if isinstance(c, StreamState)), None)
-    return [] if state is None else [row_from_state(r) for r in state.state_dict()["rows"]]
+    return [] if state is None else state.rows
 
 
 class StreamState(Callback):
@@ -92,6 +125,8 @@ class StreamState(Callback):
         self.task = 0
         self.started: float | None = None
         """When the task under way began, by ``time.perf_counter``; None between tasks."""
+        self.predict: Predict | None = None
+        """How the stream under way is evaluated; None before it starts."""
         self._result: StreamResult | None = None
         self._identity: dict[str, Any] = {}
         self._pending: dict[str, Any] | None = None
@@ -108,6 +143,11 @@ class StreamState(Callback):
         """The same in every version of the library."""
         return KEY
 
+    @property
+    def rows(self) -> list[Row]:
+        """The rows of the tasks that are finished."""
+        return [] if self._result is None else list(self._result.rows)
+
     def begin(self, stream: Stream, result: StreamResult) -> None:
         """Remember whose rows to save."""
         self._result = result
@@ -119,8 +159,8 @@ class StreamState(Callback):
         return {
             "task": self.task,
             "stream": self._identity,
-            "rows": [] if result is None else [row_to_state(r) for r in result.rows],
-            "initial": None if result is None or result.initial is None else row_to_state(result.initial),
+            "rows": rows_to_state(self.rows),
+            "initial": rows_to_state([] if result is None or result.initial is None else [result.initial]),
             "train_seconds": [] if result is None else list(result.train_seconds),
             "trainable_parameters": 0 if result is None else result.trainable_parameters,
             "spent": 0.0 if self.started is None else time.perf_counter() - self.started,
@@ -177,14 +217,13 @@ class StreamState(Callback):
 
 def _check_state(state: Any, path: Path) -> None:
     """Raise a ValueError when a part of the saved state is missing or of another kind."""
-    kinds = {"task": int, "stream": dict, "rows": list, "train_seconds": list, "random": dict}
+    kinds = {"task": int, "stream": dict, "rows": dict, "initial": dict, "train_seconds": list, "random": dict}
     wrong = [k for k, kind in kinds.items() if not isinstance(state, dict) or not isinstance(state.get(k), kind)]
     if not wrong:
-        initial = state.get("initial")
         try:
-            for row in [*state["rows"], *([] if initial is None else [initial])]:
-                row_from_state(row)
-        except (KeyError, TypeError):
+            for part in ("rows", "initial"):
+                rows_from_state(state[part])
+        except (KeyError, TypeError, AttributeError, ValueError):
             wrong = ["rows"]
     if wrong:
         raise ValueError(

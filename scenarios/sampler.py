@@ -27,6 +27,7 @@ class TaskSampler(DistributedSampler[Any]):
         world_size: number of shares.
         pad: repeat samples until all shares are equally long, as training needs; without it the shares differ by one
             sample at most and no sample is in two.
+        drop: leave out the last ones of the epoch's order instead; ``pad`` goes before.
         single_pass: refuse a second epoch.
 
     Example:
@@ -42,6 +43,7 @@ class TaskSampler(DistributedSampler[Any]):
         rank: int = 0,
         world_size: int = 1,
         pad: bool = False,
+        drop: bool = False,
         single_pass: bool = False,
     ) -> None:
         super().__init__(range(n), num_replicas=world_size, rank=rank, shuffle=seed is not None)  # type: ignore[arg-type]
@@ -49,7 +51,10 @@ class TaskSampler(DistributedSampler[Any]):
         self.key = seed
         self.pad = pad
         self.single_pass = single_pass
+        self.drop = drop and not pad
         self.num_samples = math.ceil(n / world_size) if pad else len(range(rank, n, world_size))
+        if self.drop:
+            self.num_samples = n // world_size
         self.start = 0  # samples of this share to leave out, once, after a resume
         self._used = False
         self._told = False
@@ -86,6 +91,8 @@ class TaskSampler(DistributedSampler[Any]):
             order = generator(SAMPLE_ORDER, *self.key, self.epoch).permutation(self.n)
         if self.pad and self.n:
             order = np.resize(order, self.num_samples * self.num_replicas)  # repeats from the front
+        elif self.drop:
+            order = order[: self.num_samples * self.num_replicas]
         return order[self.rank :: self.num_replicas]
 
     def __iter__(self) -> Iterator[Any]:

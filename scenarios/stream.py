@@ -30,6 +30,7 @@ class LoaderOptions(TypedDict, total=False):
     num_workers: int
     pin_memory: bool
     drop_last: bool
+    uneven: Literal["repeat", "drop"]
     collate_fn: Callable[[list[Any]], Any] | None
     single_pass: bool
     unreadable: Literal["stop", "skip"]
@@ -58,6 +59,9 @@ class TaskStream(LightningDataModule):
         num_workers: processes that prepare batches.
         pin_memory: prepare batches in page-locked memory, for a GPU.
         drop_last: leave out the last, smaller batch of an epoch.
+        uneven: what training on several processes does with samples that do not divide by them: "repeat" up to
+            ``processes - 1`` of them, those that come first in the epoch's order, or "drop" those that come last; which
+            ones differs from epoch to epoch. Evaluation does neither.
         collate_fn: makes a batch of a list of samples; None stacks.
         single_pass: online learning, every training sample is given once; a second epoch is refused.
         unreadable: "stop" at a sample whose file cannot be read, or "skip" it with a warning.
@@ -102,6 +106,7 @@ class TaskStream(LightningDataModule):
         num_workers: int = 0,
         pin_memory: bool = False,
         drop_last: bool = False,
+        uneven: Literal["repeat", "drop"] = "repeat",
         collate_fn: Callable[[list[Any]], Any] | None = None,
         single_pass: bool = False,
         unreadable: Literal["stop", "skip"] = "stop",
@@ -129,6 +134,9 @@ class TaskStream(LightningDataModule):
         self.train_transform, self.eval_transform = train_transform, eval_transform
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.num_workers, self.pin_memory, self.drop_last = num_workers, pin_memory, drop_last
+        if uneven not in ("repeat", "drop"):
+            raise ValueError(f"`uneven` must be 'repeat' or 'drop', got {uneven!r}")
+        self.uneven: Literal["repeat", "drop"] = uneven
         self.collate_fn = collate_fn
         self.single_pass = single_pass
         if unreadable not in ("stop", "skip"):
@@ -241,7 +249,8 @@ class TaskStream(LightningDataModule):
             seed=(self.data_seed, self.task),
             rank=rank,
             world_size=world_size,
-            pad=world_size > 1,
+            pad=world_size > 1 and (self.uneven == "repeat" or len(view) < world_size),
+            drop=world_size > 1 and self.uneven == "drop",
             single_pass=self.single_pass,
         )
         drop = self.drop_last and len(sampler) > self.batch_size  # a small task is not dropped whole
@@ -264,6 +273,16 @@ class TaskStream(LightningDataModule):
     def test_loader(self, index: int) -> StreamLoader:
         """Test data of :attr:`evaluation_tasks` number ``index``, in a fixed order, each sample in one process."""
         return self._eval_loader(self.test, index)
+
+    def validation_loader(self, index: int) -> StreamLoader:
+        """Validation data of task ``index`` in a fixed order, each sample in one process.
+
+        Raises:
+            ValueError: for a stream without validation data.
+        """
+        if self.validation is None:
+            raise ValueError(f"{self.name!r} has no validation data; build the stream with `validation_fraction`")
+        return self._eval_loader(self.validation, index)
 
     def train_loader_for_features(self, index: int) -> StreamLoader:
         """Training data of task ``index`` in a fixed order, with the transform of the evaluation, nothing dropped."""

@@ -586,6 +586,30 @@ def test_usage_counts():
     assert read["effective"] == pytest.approx(entropy.exp().mean().item(), rel=1e-4)
 
 
+def test_a_long_stream_is_reported_fifty_times_with_fifty_tasks():
+    from cl_plugins.callbacks.mora import _spread
+
+    assert _spread(0) == []
+    for n in (1, 7, 50, 51, 99, 1000):
+        told = _spread(n)
+        assert len(told) == len(set(told)) == min(n, 50)
+        assert (min(told) >= 0, told[-1]) == (True, n - 1)
+        assert max(b - a for a, b in zip([-1, *told], told, strict=False)) <= -(-n // 50)
+
+
+def test_report_events_look_at_the_tasks_that_are_evaluated():
+    stream = tiny_stream()
+    batch = next(iter(stream.test_loader(0)))
+    stream.evaluation_tasks = (Task(0, (0, 1, 2, 3, 4, 5)),)  # one column behind all three tasks
+    stream.learned_after = lambda task: int(task == 2)
+    stream.test_loader = lambda index: [[batch][index]]
+    method = MoRA(rank=2)
+    fit_stream(quiet_trainer(callbacks=[method], max_epochs=1), module := PlainModule(), stream)
+    events = {e["name"]: e for e in method.report_events(module)}
+    assert events["mora/mass_per_task"]["task"] == 2
+    assert [len(row) for row in events["mora/mass_per_task"]["value"]] == [3]  # one column, three growths
+
+
 def test_report_events():
     module, method = PlainModule(), MoRA(rank=2)
     fit_stream(quiet_trainer(callbacks=[method], max_epochs=1), module, tiny_stream())

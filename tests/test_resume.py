@@ -2,7 +2,9 @@
 
 import errno
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from cl_plugins import kill_test
 from cl_plugins.benchmark import run_benchmark
 from cl_plugins.checkpoint_files import checkpoint_files, publish
 from cl_plugins.cli import main
@@ -105,6 +108,15 @@ def test_resume_starts_what_has_not_begun_and_leaves_what_is_finished(tmp_path, 
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
 
 
+def test_a_finished_run_keeps_its_last_checkpoint_and_both_when_asked(tmp_path, whole):
+    (last,) = checkpoint_files(whole[1] / "checkpoints")
+    assert last.name.startswith("stream-000004-task-5-")
+    assert sorted(p.name for p in last.parent.iterdir()) == [last.name, f"{last.name}.sha256"]
+    _run(tmp_path / "run", "nearest-mean", keep_checkpoints=True, adapters=True)
+    assert len(checkpoint_files(tmp_path / "run" / "checkpoints")) == 2
+    assert (tmp_path / "run" / "checkpoints" / "adapters.safetensors").is_file()
+
+
 def test_other_settings_are_refused_by_name(tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"method": "finetune", "seed": 3}))
     with pytest.raises(ValueError, match=r"`resume` must go on with the same settings.*seed 3 there, 0 here"):
@@ -165,6 +177,66 @@ def test_a_run_on_a_full_disk_goes_on_when_there_is_room(small_disk, tmp_path, w
     _same(small_disk / "run", whole)
 
 
+def _then(action):
+    def acting(loss):
+        action()
+        return loss
+
+    return acting
+
+
+def test_output_that_becomes_read_only_stops_with_a_reason_and_goes_on_when_it_can_be_written(
+    tmp_path, whole, monkeypatch
+):
+    folder = tmp_path / "run" / "checkpoints"
+
+    def lock():
+        for options in (["--bind", folder, folder], ["-o", "remount,bind,ro", folder]):
+            if subprocess.run(["mount", *options], capture_output=True, check=False).returncode:
+                pytest.skip("mounting needs root")
+
+    _fail_at(monkeypatch, 6, _then(lock))
+    try:
+        with pytest.raises(RunStopped) as caught:
+            _run(tmp_path / "run", save_every_steps=1)
+    finally:
+        subprocess.run(["umount", "-l", folder], capture_output=True, check=False)
+    said = str(caught.value)
+    assert said.startswith("the folder cannot be written (")
+    assert "Read-only file system" in said
+    assert "to go on: allow writing there, then" in said
+    assert "saved up to stream-000006-task-1-step-6.ckpt" in said
+    assert "run the same command with --resume" in said
+    monkeypatch.undo()
+    _run(tmp_path / "run", resume=True)
+    _same(tmp_path / "run", whole)
+
+
+def _kill_a_worker():
+    workers = multiprocessing.active_children()
+    assert workers
+    os.kill(workers[0].pid, signal.SIGKILL)
+    workers[0].join()
+
+
+@pytest.mark.parametrize("step", [0, 4])
+def test_a_data_worker_that_is_killed_ends_the_run_with_a_reason_and_the_next_start_goes_on(
+    tmp_path, whole, monkeypatch, step
+):
+    options = {"data": {**SMALL["data"], "num_workers": 1}}  # prepares two batches ahead, of four
+    _fail_at(monkeypatch, step, _then(_kill_a_worker))
+    with pytest.raises(RunStopped) as caught:
+        _run(tmp_path / "run", save_every_steps=1, **options)
+    said = str(caught.value)
+    assert "a process that loads data died, often for want of memory" in said
+    assert ("; saved up to stream-00000" if step else "; ") in said
+    assert "free some or use fewer workers, then run the same command with --resume" in said
+    monkeypatch.undo()
+    _run(tmp_path / "run", resume=True, **options)
+    _same(tmp_path / "run", whole)
+    assert not multiprocessing.active_children()
+
+
 def test_read_only_output_is_named(tmp_path):
     error = explained(PermissionError(errno.EROFS, "Read-only file system", "runs/x"), tmp_path)
     assert str(error).startswith("the folder cannot be written ([Errno 30] Read-only file system: 'runs/x'); nothing")
@@ -199,3 +271,29 @@ def test_memory_that_the_system_refuses_is_said_in_words():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "('the memory was not enough', 'free some')" in done.stdout, done.stderr
+
+
+def test_pieces_of_a_kill_test_add_up():
+    first = kill_test.Outcome("ovor", {"while saving": 2, "at random": 1}, 5, 1.0, ["x differs"])
+    second = kill_test.Outcome("ovor", {"at random": 3, kill_test.CACHING: 1}, 4, 2.0)
+    both = kill_test._sum(first, second)
+    assert both.kills == {"while saving": 2, "at random": 4, kill_test.CACHING: 1}
+    assert (both.starts, both.differences) == (9, ["x differs"])
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_while_it_fills_a_cache_goes_on(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from cl_plugins import kill_test as k\n"
+        "root = Path(sys.argv[1])\n"
+        "assert k._wait(k._start('lst', root / 'a')) == 0\n"
+        "for count in (1, 3, 8): assert k._wait(k._start('lst', root / 'b', k.CACHING, count)) == -9\n"
+        "assert any((root / 'b' / 'cache').iterdir())\n"
+        "assert k._wait(k._start('lst', root / 'b')) == 0\n"
+        "found = k.differences(root / 'b', root / 'a'); assert not found, found\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -10,6 +10,8 @@ from torch.nn.functional import cross_entropy
 from cl_plugins import ContinualCallback, Task, end_task, fit_stream, start_task
 from cl_plugins.callbacks import ForgettingTracker, FrozenBackbone, MaskedHead
 from cl_plugins.evaluation import evaluate_tasks
+from cl_plugins.plugin import Row
+from cl_plugins.result import StreamResult
 from tests._helpers import PlainModule, image_data, quiet_trainer, tiny_stream
 
 
@@ -310,3 +312,20 @@ def test_result_saves_numbers_that_other_tools_can_read(tmp_path):
         float(torch.stack([matrix[j:2, j].max() - matrix[2, j] for j in range(2)]).mean())
     )
     assert result.to_frame().shape == (3, 3)
+
+
+def test_a_long_stream_keeps_the_newest_confusions_alone_and_saves_its_rows_whole():
+    from cl_plugins.stream_state import rows_from_state, rows_to_state
+
+    def rows(n):
+        result = StreamResult([Task(i, (i,)) for i in range(n)])
+        for k in range(3):
+            counts = tuple(i if i <= k else None for i in range(n))
+            result.add(Row(k, counts, counts, counts, ((k,) * n,) * n, 0.5))
+        return result.rows
+
+    assert [len(r.confusion) for r in rows(100)] == [100, 100, 100]
+    assert [len(r.confusion) for r in rows(101)] == [0, 0, 101]
+    for n in (2, 101):
+        assert rows_from_state(rows_to_state(rows(n))) == rows(n)
+    assert rows_from_state(rows_to_state([])) == []

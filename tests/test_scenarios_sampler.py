@@ -7,8 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 
+from cl_plugins.scenarios import ClassIncremental
 from cl_plugins.scenarios.data import TaskView
 from cl_plugins.scenarios.sampler import EvenBatches, StreamLoader, TaskSampler
 
@@ -211,3 +212,33 @@ def test_an_unreadable_file_is_named():
         RuntimeError, match=r"sample 1 \(b.png\) must be readable, got OSError: image file is truncated"
     ):
         view[1]
+
+
+@quick
+@given(st.integers(1, 60), st.integers(1, 6), st.integers(0, 3))
+def test_shares_of_training_are_equal_and_say_what_they_repeat_or_drop(n, world, epoch):
+    whole = TaskSampler(n, seed=(0, 0))
+    whole.set_epoch(epoch)
+    order = [k - epoch * n for k in whole]
+    for options in ({"pad": True}, {"drop": True}):
+        samplers = [TaskSampler(n, seed=(0, 0), rank=r, world_size=world, **options) for r in range(world)]
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+        shares = [[k - epoch * n for k in s] for s in samplers]
+        assert {len(s) for s in shares} == {len(samplers[0])}
+        dealt = [share[i] for i in range(len(samplers[0])) for share in shares]
+        missing = -n % world
+        expected = [order[i % n] for i in range(n + missing)] if "pad" in options else order[: n - n % world]
+        assert dealt == expected
+
+
+@pytest.mark.parametrize(("n", "lengths"), [(7, {"repeat": 3, "drop": 2}), (2, {"repeat": 1, "drop": 1})])
+def test_a_stream_repeats_or_drops_what_does_not_divide(monkeypatch, n, lengths):
+    for uneven, length in lengths.items():
+        data = TensorDataset(torch.zeros(n, 1), torch.arange(n) % 2)
+        stream = ClassIncremental((data, data), n_tasks=1, uneven=uneven)
+        monkeypatch.setattr(stream, "_share", lambda: (2, 3))
+        assert len(stream.train_dataloader().sampler) == length
+        assert len(stream.test_loader(0).sampler) == (2 if n == 7 else 0)  # evaluation: each sample once
+    with pytest.raises(ValueError, match="`uneven` must be 'repeat' or 'drop', got 'join'"):
+        ClassIncremental((data, data), n_tasks=1, uneven="join")
