@@ -113,10 +113,16 @@ class CacheEntry:
         Args:
             rows: ``(batch,)`` int64.
             device: where the result goes.
+
+        Raises:
+            IndexError: for a row outside the entry.
         """
         rows = rows.cpu()
         first, n = (int(rows[0]), len(rows)) if len(rows) else (0, 0)
-        together = bool((rows == torch.arange(first, first + n)).all())
+        low, high = (int(rows.min()), int(rows.max())) if n else (0, 0)
+        if n and not (low >= 0 and high < len(self)):
+            raise IndexError(f"`rows` must be from 0 to {len(self) - 1}, got {low} to {high}")
+        together = high - low == n - 1 and bool((rows == torch.arange(first, first + n)).all())
         read = {}
         for name, array in self.arrays.items():
             part = array[first : first + n] if together else self._buffers.gather(name, array, rows)
@@ -134,13 +140,7 @@ _ALONE = _references(torch.empty(1))
 
 
 def _copy_rows(array: Tensor, rows: Tensor, out: Tensor) -> None:
-    """``out[i] = array[rows[i]]``, one block of bytes a row, which is faster than an element-wise ``index_select``.
-
-    Raises:
-        IndexError: for a row outside the array.
-    """
-    if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < len(array)):
-        raise IndexError(f"`rows` must be from 0 to {len(array) - 1}, got {int(rows.min())} to {int(rows.max())}")
+    """``out[i] = array[rows[i]]`` for rows inside the array, one block of bytes a row: faster than ``index_select``."""
     if not len(rows) or not array[0].numel() or not array.is_contiguous() or array.device.type != "cpu":
         torch.index_select(array, 0, rows.clone(), out=out)
         return
