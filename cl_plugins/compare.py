@@ -21,7 +21,9 @@ COLUMNS = {
 """Keys of a result and the headings of their columns."""
 
 DOMAIN_COLUMNS = {"transfer": "transfer", "average": "average (all cells)", "last": "last"}
-"""Further columns, where some result has them: streams of domains with class names."""
+LABEL_COLUMNS = {"map": "mAP", "average_map": "mean mAP", "cf1": "CF1", "of1": "OF1"}
+FURTHER_COLUMNS = {**LABEL_COLUMNS, **DOMAIN_COLUMNS}
+"""Further columns, where some result has them: streams of several labels an image, or of domains with class names."""
 
 
 MOST_ORDERS = 10
@@ -43,7 +45,7 @@ def collect_results(folders: Iterable[Path]) -> list[dict[str, Any]]:
             content = read_json(path)
             if not isinstance(content, dict) or "accuracy_matrix" not in content:
                 raise ValueError(f"{str(path)!r} must be a result of cl-bench run, found no `accuracy_matrix`")
-            for key in (*COLUMNS, *DOMAIN_COLUMNS):
+            for key in (*COLUMNS, *FURTHER_COLUMNS):
                 number = content.get(key)
                 finite = isinstance(number, int | float) and not isinstance(number, bool) and abs(number) < 1e12
                 if number is not None and not finite:
@@ -70,7 +72,7 @@ def table_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
         key = (str(result.get("scenario", "?")), str(result.get("method", "?")))
         groups.setdefault(key, []).append(result)
     rows = []
-    further = {k: h for k, h in DOMAIN_COLUMNS.items() if any(m.get(k) is not None for m in results)}
+    further = {k: h for k, h in FURTHER_COLUMNS.items() if any(m.get(k) is not None for m in results)}
     for (scenario, method), members in sorted(groups.items()):
         cells = {h: _cell([m[k] for m in members if m.get(k) is not None]) for k, h in {**COLUMNS, **further}.items()}
         rows.append({"scenario": scenario, "method": method, **cells, "runs": str(len(members))})

@@ -33,6 +33,10 @@ MEASURES = {
     "transfer": ("transfer (before learning, column first)", True),
     "average": ("average (all cells)", True),
     "last": ("last (all columns)", True),
+    "map": ("mAP of seen classes (last row)", True),
+    "average_map": ("mAP of seen classes, mean over rows", True),
+    "cf1": ("CF1 (last row)", True),
+    "of1": ("OF1 (last row)", True),
 }
 """Keys of a result that can be compared: the name with its variant, and whether higher is better."""
 

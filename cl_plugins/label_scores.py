@@ -9,7 +9,8 @@ at least one seen class.
     CF1  2 CP CR / (CP + CR), CP and CR the means over seen classes of precision and recall
     OF1  the same of the precision OP and recall OR of the counts pooled over seen classes
 
-A class is predicted where the sigmoid of its logit is at least 0.5. A class without a positive in the test data has no
+A class is predicted where the sigmoid of its logit is at least 0.5; some papers take 0.8, and their CF1 and OF1 do not
+compare with these. A class without a positive in the test data has no
 average precision and enters neither mAP nor CF1. The formulas are in :mod:`cl_plugins.functional`.
 """
 

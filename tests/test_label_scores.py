@@ -19,6 +19,8 @@ from torch import nn
 from torchmetrics.functional.classification import multilabel_average_precision, multilabel_f1_score
 
 from cl_plugins.benchmark import run_benchmark, summary_table
+from cl_plugins.compare import table_rows
+from cl_plugins.comparison import MEASURES
 from cl_plugins.evaluation import evaluate_tasks
 from cl_plugins.label_scores import SeenLabelScores
 from cl_plugins.plugin import Row
@@ -172,6 +174,15 @@ def test_bench_records_and_prints_them(tmp_path):
     text = summary_table(result)
     for line in (f"after T1    {rows[1]['map']:9.4f}{rows[1]['cf1']:9.4f}", f"{saved['map']:.4f}", "CF1 (last row)"):
         assert line in text
+
+
+def test_the_comparison_has_columns_for_them(tmp_path):
+    base = {"method": "m", "scenario": "s", "average_accuracy": 0.5}
+    table = table_rows([{**base, "seed": k, "map": 0.25 + 0.5 * k, "cf1": None} for k in (0, 1)])
+    assert "mAP" in str(table)
+    assert "0.5" in str(table)
+    assert "OF1" not in str(table)
+    assert {"map", "average_map", "cf1", "of1"} <= set(MEASURES)
 
 
 def _worker(rank, port, folder):
