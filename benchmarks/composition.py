@@ -51,6 +51,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "BalancedEMA": {"rule": "fixed", "decay": 0.5},
     "TaskGroups": {"texts": lambda task: [f"group {task.index % 2}"]},
     "CacheFeatures": {"progress": False},
+    "ContinualEvaluation": {"every_n_steps": 3},
 }
 """Settings that make a callback small enough for the tiny model; the rest takes its defaults."""
 

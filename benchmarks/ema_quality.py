@@ -1,10 +1,13 @@
 """Balanced averaging beside plain tuning and fixed decays: accuracy and forgetting, mean and deviation over seeds.
 
-Streams: `instructions` (text tasks made from rules, a small causal LM that learned other rules first) and `rotations`
-(real digits turned further in every task, a small MLP). Three sizes of each model tell whether a constant must be
-tuned by size. Finished runs are kept in the folder and not repeated.
+Streams: `instructions` (text tasks made from rules, a small causal LM that learned other rules first), `rotations`
+(real digits turned further in every task, a small MLP) and `domain-glyphs` (characters in other fonts and states, an
+MLP on the frozen features of the bundled backbone). Three sizes of each model tell whether a constant must be tuned
+by size. Finished runs are kept in the folder and not repeated.
 
     python benchmarks/ema_quality.py --stream rotations --seeds 5
+    python benchmarks/ema_quality.py --stream domain-glyphs --after-first --first-seed 7 --seeds 1 --images 7
+    python benchmarks/ema_quality.py --stream domain-glyphs --after-first --seeds 5
     python benchmarks/ema_quality.py --stream instructions --sizes 96 --seeds 5 --device cuda
 """
 
@@ -25,6 +28,7 @@ from torch.utils.data import TensorDataset
 from torchvision.transforms.functional import rotate
 
 from cl_plugins import fit_stream
+from cl_plugins.backbones import vit_glyph
 from cl_plugins.benchmark import quiet_lightning
 from cl_plugins.callbacks import BalancedEMA
 from cl_plugins.causal_lm import CausalLM, LanguageModule
@@ -32,6 +36,7 @@ from cl_plugins.ema_rules import make_rule
 from cl_plugins.lm_bytes import LM_BYTES, create_lm_bytes
 from cl_plugins.scenarios import DomainIncremental, InstructionStream
 from cl_plugins.scenarios.digits import load_digit_images
+from cl_plugins.scenarios.glyph_domains import domain_glyphs
 from cl_plugins.scenarios.instruction_rules import RULES
 from cl_plugins.scenarios.instructions import DEFAULT_RULES
 
@@ -46,17 +51,17 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "dimension_free 0.05 mu 0": {"rule": make_rule("dimension_free", rho=0.05, mu=0.0)},
     "dimension_free 0.05 global": {"rule": "dimension_free", "rho": 0.05, "granularity": "global"},
 }
-SIZES = {"instructions": (64, 96, 160), "rotations": (64, 128, 256)}
+SIZES = {"instructions": (64, 96, 160), "rotations": (64, 128, 256), "domain-glyphs": (64, 128, 256)}
+EPOCHS = {"instructions": 2, "rotations": 2, "domain-glyphs": 10}
 
 
 class Perceptron(pl.LightningModule):
-    """Two hidden layers on 8 x 8 images."""
+    """Two hidden layers, on 8 x 8 images or on features."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, inputs: int = 64, classes: int = 10) -> None:
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)
-        )
+        hidden = [nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
+        self.net = nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, classes))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits."""
@@ -81,6 +86,25 @@ def rotations(step: float, seed: int) -> DomainIncremental:
         for k in range(5)
     ]
     return DomainIncremental(domains, name="rotations", data_seed=seed, batch_size=32)
+
+
+def glyph_features(images: int, seed: int, folder: Path) -> DomainIncremental:
+    """The eight domains of `domain-glyphs` in an order of the seed, as features of the frozen backbone."""
+    file = folder / f"glyph_features_{images}.pt"
+    if not file.exists():
+        stream = domain_glyphs(image_seed=images, batch_size=200)
+        backbone = vit_glyph(pretrained=True, num_classes=0).eval()
+        parts = []
+        for k in range(len(stream.tasks)):
+            stream.task = k
+            for loader in (stream.train_dataloader(), stream.test_loader(k)):
+                with torch.no_grad():
+                    pairs = [(backbone(x), y) for x, y in loader]
+                parts.append([torch.cat(values) for values in zip(*pairs, strict=True)])
+        torch.save(parts, file)
+    parts = torch.load(file, weights_only=True)
+    domains = [(TensorDataset(*parts[i]), TensorDataset(*parts[i + 1])) for i in range(0, len(parts), 2)]
+    return DomainIncremental(domains, name="domain-glyphs", order_seed=seed, data_seed=seed, batch_size=32)
 
 
 def pretrained(size: int, steps: int, folder: Path, device: str) -> CausalLM:
@@ -122,15 +146,20 @@ def run(stream_name: str, method: str, size: int, seed: int, arguments: argparse
         return record
     stream: Any
     module: pl.LightningModule
+    epochs = arguments.epochs or EPOCHS[stream_name]
     if stream_name == "rotations":
-        stream, epochs = rotations(arguments.step, seed), arguments.epochs or 2
+        stream = rotations(arguments.step, seed)
         pl.seed_everything(seed, verbose=False)
         module = Perceptron(size)
+    elif stream_name == "domain-glyphs":
+        stream = glyph_features(arguments.images, seed, folder)
+        pl.seed_everything(seed, verbose=False)
+        module = Perceptron(size, inputs=128, classes=50)
     else:
         bundled = size == LM_BYTES["dim"] and not arguments.pretrain
         base = create_lm_bytes() if bundled else pretrained(size, arguments.pretrain or 3000, folder, arguments.device)
         options = {"n_train": arguments.train, "n_test": arguments.test, "order_seed": seed, "data_seed": seed}
-        stream, epochs = InstructionStream(list(DEFAULT_RULES), **options), arguments.epochs or 2
+        stream = InstructionStream(list(DEFAULT_RULES), **options)
         module = LanguageModule(base, lr=1e-3)
     settings = METHODS[method]
     active: Any = "after_first" if arguments.after_first else "always"
@@ -188,6 +217,8 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="*", help="widths of the model")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--images", type=int, default=0, help="domain-glyphs: seed of the images")
     parser.add_argument("--after-first", action="store_true", help="no average in the first task, as the paper has it")
     parser.add_argument("--epochs", type=int, default=0, help="per task; 0 for the stream's own number")
     parser.add_argument("--step", type=float, default=12.0, help="rotations: degrees from task to task")
@@ -207,7 +238,8 @@ def main() -> None:
     for size in arguments.sizes or SIZES[arguments.stream]:
         runs: dict[str, list[dict[str, Any]]] = {}
         for method in arguments.methods:
-            runs[method] = [run(arguments.stream, method, size, seed, arguments) for seed in range(arguments.seeds)]
+            seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
+            runs[method] = [run(arguments.stream, method, size, seed, arguments) for seed in seeds]
         print(table(arguments.stream, size, runs), flush=True)
 
 

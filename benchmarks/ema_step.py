@@ -30,18 +30,19 @@ def shapes(kind: str, scale: int) -> list[tuple[int, ...]]:
     return [s for _ in range(24 * 7) for s in ((16, 512 * scale), (512 * scale, 16))]
 
 
-def milliseconds(step: Callable[[], object], device: str, repeats: int) -> float:
-    """Median over repeats, each between two points where the device is idle."""
-    times = []
+def milliseconds(steps: dict[str, Callable[[], object]], device: str, repeats: int) -> dict[str, float]:
+    """Median of each step over repeats, in turns, so that a busy machine slows all alike, each from an idle device."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats + 3):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        step()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return 1e3 * sorted(times[3:])[repeats // 2]
+        for name, step in steps.items():
+            if device == "cuda":
+                torch.cuda.synchronize()
+            started = time.perf_counter()
+            step()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - started)
+    return {name: 1e3 * sorted(found[3:])[repeats // 2] for name, found in times.items()}
 
 
 def measure(kind: str, device: str, scale: int, repeats: int) -> dict[str, float]:
@@ -68,12 +69,12 @@ def measure(kind: str, device: str, scale: int, repeats: int) -> dict[str, float
             e.mul_(1 - weight).add_(w, alpha=weight) if 0 < weight < 1 else e.mul_(0.99).add_(w, alpha=0.01)
 
     with torch.no_grad():
-        numbers = {
-            "torch": milliseconds(lambda: theirs(averages, weights, 1), device, repeats),
-            "interpolation": milliseconds(lambda: interpolate_(averages, weights, alpha), device, repeats),
-            "whole": milliseconds(whole, device, repeats),
-            "loop": milliseconds(loop, device, repeats),
+        steps: dict[str, Callable[[], object]] = {
+            "torch": lambda: theirs(averages, weights, 1),
+            "interpolation": lambda: interpolate_(averages, weights, alpha),
         }
+        numbers = milliseconds(steps, device, 5 * repeats)
+        numbers |= milliseconds({"whole": whole, "loop": loop}, device, repeats)
     numbers["elements"] = sum(w.numel() for w in weights)
     numbers["bytes per element"] = averager.state_bytes() / numbers["elements"]
     return numbers

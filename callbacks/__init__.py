@@ -9,6 +9,7 @@ from .balanced_ema import BalancedEMA
 from .baselines import FrozenBackbone, MaskedHead, ZeroShot
 from .cache_features import CacheFeatures
 from .closed_form import NearestMean, RanPAC
+from .continual_evaluation import ContinualEvaluation
 from .dashboard import ForgettingDashboard
 from .hierarchical_side_tuning import HierarchicalSideTuning, LeanHierarchicalSideTuning
 from .ladder_side_tuning import LadderSideTuning
@@ -25,6 +26,7 @@ __all__ = [
     "OVOR",
     "BalancedEMA",
     "CacheFeatures",
+    "ContinualEvaluation",
     "ForgettingDashboard",
     "ForgettingTracker",
     "FrozenBackbone",

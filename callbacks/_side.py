@@ -34,7 +34,7 @@ class SideCallback(FrozenBackbone):
 
     Args:
         regime: "shared", "first_session", "per_task" or "per_task_dense", see :mod:`cl_plugins.adapters.side_bank`.
-        routing: "prototype", "logits" or "both": who answers in the evaluation of the per-task regimes.
+        routing: "prototype", "logits", "posterior" or "both": who answers in the evaluation of the per-task regimes.
         warm_start: begin a new task's side network with the weights of the one before.
         backbone: dotted name of the transformer, for modules with several.
         head: dotted name of the classifier, for modules where it cannot be told.
@@ -172,7 +172,19 @@ class SideCallback(FrozenBackbone):
     # the runner's and Lightning's hooks
 
     def on_stream_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stream: Stream) -> None:
-        """Keep the stream, which has the data for starting weights and for the router."""
+        """Keep the stream, which has the data for starting weights and for the router.
+
+        Raises:
+            ValueError: for a per-task regime on tasks that share classes, before the first of them is trained.
+        """
+        if self.regime in ("per_task", "per_task_dense"):
+            classes = [c for task in stream.tasks for c in task.classes]
+            twice = sorted({c for c in classes if classes.count(c) > 1}) if len(set(classes)) < len(classes) else []
+            if twice:
+                raise ValueError(
+                    f"`regime='{self.regime}'` must have tasks with classes of their own, got classes"
+                    f" {twice[:8]!r} in several; use regime='shared'"
+                )
         self._stream = stream
 
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:

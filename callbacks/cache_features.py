@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -82,6 +83,7 @@ class CacheFeatures(ContinualCallback):
         self.views, self.keep_training_data = views, keep_training_data
         self.backbone, self.head = backbone, head
         self._source: CachedStream | None = None
+        self._begun = False
 
     def conflict(self, other: ContinualCallback, module: nn.Module) -> str | None:
         """Methods that train something in front of the classifier, and a second cache."""
@@ -113,8 +115,20 @@ class CacheFeatures(ContinualCallback):
         """Put the cache in front of the stream's loaders."""
         self._restore()
         self._source = self.open(pl_module, stream, context=trainer.precision_plugin.forward_context)
+        self._begun = False
         for name in _METHODS:
-            setattr(stream, name, getattr(self._source, name))
+            setattr(stream, name, partial(self._loader, name))
+
+    def _loader(self, name: str, *args: Any) -> Any:
+        """A loader of the cached stream; the stream's own before the first task, when nothing is frozen yet."""
+        assert self._source is not None
+        self._begun |= name != "test_loader"
+        return getattr(self._source, name)(*args) if self._begun else self._source.images(name, *args)
+
+    def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
+        """Answer from the cache from now on."""
+        super().on_task_start(trainer, pl_module, task)
+        self._begun = True
 
     def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
         """Bring the module to the device on which the evaluation fills its splits."""

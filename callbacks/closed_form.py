@@ -29,6 +29,7 @@ from cl_plugins.features import DepthTap, collect_features
 from cl_plugins.head_phase import gather_rows
 from cl_plugins.heads import find_head
 from cl_plugins.plugin import ContinualCallback, module_device, plugins_of
+from cl_plugins.taps import BackboneTaps
 from cl_plugins.task import Stream, Task
 
 from .baselines import freeze_backbone
@@ -138,6 +139,16 @@ class NearestMean(ContinualCallback):
         plugins = plugin_modules(module)
         if self.plugin not in plugins:
             plugins[self.plugin] = self.build(self.find(module), self.tap(module)).train(module.training)
+        self._follow(module)
+
+    def _follow(self, module: nn.Module) -> None:
+        """Read deeper blocks through the backbone's tap, where a side network or a cache set one."""
+        plugins = dict(plugin_modules(module).items())
+        taps, closed = plugins.get("taps"), plugins[self.plugin]
+        if isinstance(taps, BackboneTaps):
+            for tap in closed.modules():
+                if isinstance(tap, DepthTap):
+                    tap.follow(taps)
 
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
         """Install; freeze the backbone when no other callback trains."""
@@ -153,6 +164,7 @@ class NearestMean(ContinualCallback):
             loader: one task's training data, without augmentation.
         """
         closed = cast(ClosedFormHead, plugin_modules(module)[self.plugin])
+        self._follow(module)
         device = module_device(module)
         closed.to(device)
         features, labels = collect_features(module, self.find(module), loader, device, closed.extend)

@@ -24,6 +24,7 @@ from cl_plugins.stream_state import finished_rows
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
+    from cl_plugins.inside_tasks import InsideRow
     from cl_plugins.task import Stream, Task
 
 _WORTH_AN_ALERT = 0.2
@@ -56,7 +57,8 @@ class ForgettingDashboard(ContinualCallback):
     """Records every evaluation of a stream as it happens and renders an HTML report that works offline.
 
     WHEN: events are written when the stream starts, after each task's evaluation, when the stream ends and when
-    training fails; then the report is rendered anew. Nothing happens per batch. Only the first process writes.
+    training fails; then the report is rendered anew. Of batches it knows only the evaluations that a
+    :class:`ContinualEvaluation` beside it makes. Only the first process writes.
 
     Note:
         A full disk does not stop training: the recording ends with a warning. Where rendering would take more than a
@@ -204,6 +206,10 @@ class ForgettingDashboard(ContinualCallback):
                 for event in plugin.report_events(pl_module):
                     self._report_event({k: v for k, v in event.items() if k not in ("kind", "schema", "time")})
         self._flush()
+
+    def on_inside_row(self, trainer: pl.Trainer, pl_module: pl.LightningModule, row: InsideRow) -> None:
+        """Record an evaluation inside a task; the report waits for the task's end."""
+        self._write("mid", **row.to_dict())
 
     def on_stream_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, result: StreamResult) -> None:
         """Close the run and say where its report is."""

@@ -44,7 +44,8 @@ class LeanHierarchicalSideTuning(SideCallback):
         depths: side blocks per level, in sum the backbone's blocks; evenly when None.
         drop_path: of the last side block, rising linearly from 0.
         regime: "shared", "first_session", "per_task" or "per_task_dense".
-        routing: who answers in the evaluation of the per-task regimes: "prototype", "logits" or "both".
+        routing: who answers in the evaluation of the per-task regimes: "prototype", "logits", "posterior" or
+            "both"; see :mod:`cl_plugins.adapters.side_bank`.
         warm_start: begin a new task's pyramid with the weights of the one before.
         backbone: dotted name of the transformer, for modules with several.
         head: dotted name of the classifier, for modules where it cannot be told.

@@ -54,7 +54,8 @@ class LadderSideTuning(SideCallback):
         gate: "learnable" as published; see :class:`cl_plugins.adapters.ladder.LadderSide` for the others.
         fisher_samples: samples for "fisher", of each process; 1024 as published.
         regime: "shared", "first_session", "per_task" or "per_task_dense".
-        routing: who answers in the evaluation of the per-task regimes: "prototype", "logits" or "both".
+        routing: who answers in the evaluation of the per-task regimes: "prototype", "logits", "posterior" or
+            "both"; see :mod:`cl_plugins.adapters.side_bank`.
         warm_start: begin a new task's side network with the weights of the one before.
         backbone: dotted name of the transformer, for modules with several.
         head: dotted name of the classifier, for modules where it cannot be told.

@@ -38,7 +38,8 @@ class Sherl(SideCallback):
             frozen model.
         score_bias: initial bias of the agreement with the guide; PyTorch's random one when None, as published.
         regime: "shared", "first_session", "per_task" or "per_task_dense".
-        routing: who answers in the evaluation of the per-task regimes: "prototype", "logits" or "both".
+        routing: who answers in the evaluation of the per-task regimes: "prototype", "logits", "posterior" or
+            "both"; see :mod:`cl_plugins.adapters.side_bank`.
         warm_start: begin a new task's side network with the weights of the one before.
         backbone: dotted name of the transformer, for modules with several.
         head: dotted name of the classifier, for modules where it cannot be told.

@@ -12,12 +12,13 @@ Formula::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from cl_plugins.adapters.alpha_side import AlphaSide, Merge
 from cl_plugins.adapters.side_bank import Regime, Routing, check_choice
@@ -25,7 +26,7 @@ from cl_plugins.backbones import Backbone
 from cl_plugins.evaluation import evaluating, split_batch, to_device
 from cl_plugins.features import feature
 from cl_plugins.plugin import module_device
-from cl_plugins.taps import SideNetwork
+from cl_plugins.taps import SideNetwork, TapRecord
 
 from ._side import SideCallback
 
@@ -44,7 +45,8 @@ class SideTuning(SideCallback):
             none.
         distill_lr: of the Adam that does so.
         regime: "per_task" as published; or "per_task_dense", "shared", "first_session".
-        routing: who answers in the evaluation of the per-task regimes: "prototype", "logits" or "both".
+        routing: who answers in the evaluation of the per-task regimes: "prototype", "logits", "posterior" or
+            "both"; see :mod:`cl_plugins.adapters.side_bank`.
         warm_start: begin a new task's side network with the weights of the one before, instead of distilling it.
         backbone: dotted name of the transformer, for modules with several.
         head: dotted name of the classifier, for modules where it cannot be told.
@@ -96,7 +98,8 @@ class SideTuning(SideCallback):
 
         Args:
             module: where :meth:`start_task` was called.
-            loader: the task's training data; read once per epoch of the distillation.
+            loader: the task's training data; read once per epoch of the distillation. With several processes each
+                gives its share, dealt out in turn, and all together take the steps that one process would take.
         """
         bank, head, device = self.bank(module), self.find(module), module_device(module)
         side = cast(AlphaSide, bank.active)
@@ -104,13 +107,68 @@ class SideTuning(SideCallback):
         bank.bypass = True
         try:
             for _ in range(self.distill_epochs):
-                for batch in loader:
-                    with evaluating(module):
-                        base = feature(module, head, split_batch(to_device(batch, device, module))[0])
-                        record = bank.taps.take()
-                    optimizer.zero_grad(set_to_none=True)
-                    side.distillation_loss(record, base).backward()  # type: ignore[no-untyped-call]
-                    optimizer.step()
+                size = 0
+                for batch in _together(loader, device):
+                    record, base = TapRecord(), torch.empty(0, device=device)
+                    if batch is not None:
+                        with evaluating(module):
+                            base = feature(module, head, split_batch(to_device(batch, device, module))[0])
+                            record = bank.taps.take()
+                    size = max(size, _reduced(len(base), "max", device))
+                    for rows in _steps(len(base), size):
+                        _step(side, optimizer, record, base, rows.to(device))
         finally:
             bank.bypass = False
             optimizer.zero_grad(set_to_none=True)
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _reduced(value: int, how: Literal["sum", "max"], device: torch.device) -> int:
+    """Sum or largest value of all processes."""
+    if not _distributed():
+        return value
+    held = torch.tensor(value, device=device)
+    dist.all_reduce(held, dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX)
+    return int(held)
+
+
+def _together(loader: Iterable[Any], device: torch.device) -> Iterator[Any]:
+    """The batches of this process; None for each that only others still have."""
+    batches = iter(loader)
+    while True:
+        batch = next(batches, None)
+        if not _reduced(int(batch is not None), "max", device):
+            return
+        yield batch
+
+
+def _steps(n: int, size: int) -> Iterator[Tensor]:
+    """Rows of this process's batch of ``n`` in each of the steps that one process would take with batches of ``size``.
+
+    Row ``j`` of process ``r`` of ``W`` is sample ``j W + r`` of the batches that all processes hold together.
+    """
+    world, rank = (dist.get_world_size(), dist.get_rank()) if _distributed() else (1, 0)
+    step_of = (torch.arange(n) * world + rank) // size
+    for step in range(world):
+        yield (step_of == step).nonzero()[:, 0]
+
+
+def _step(side: AlphaSide, optimizer: torch.optim.Optimizer, record: TapRecord, base: Tensor, rows: Tensor) -> None:
+    """One step of the distillation on rows of this process's batch and what the other processes have."""
+    total = _reduced(len(rows), "sum", base.device)
+    if not total:
+        return
+    optimizer.zero_grad(set_to_none=True)
+    if len(rows):
+        assert record.image is not None
+        loss = side.distillation_loss(TapRecord(image=record.image[rows]), base[rows])
+        (loss * (len(rows) / total)).backward()  # type: ignore[no-untyped-call]
+    if _distributed():
+        for parameter in side.network.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+    optimizer.step()

@@ -5,7 +5,7 @@ Xie, ICML 2025, arXiv 2410.10868, section 4.5. Implemented: reuse or expand at a
 group per sample at test time. With :class:`~cl_plugins.callbacks.BalancedEMA` it is the paper's whole method; each
 works without the other.
 
-    task like group j:  train from the group's weights, average them        `BalancedEMA(active=groups.reused)`
+    task like group j:  train from the group's weights, average them        `BalancedEMA(active="reused")`
     task like none:     train a new group from the last weights (`start`), without an average
     test sample:        weights of the group whose instructions resemble its own
 """
@@ -33,8 +33,8 @@ Weights = dict[str, Tensor]
 class TaskGroups(ContinualCallback):
     """Gives every group of similar tasks its own weights.
 
-    WHEN: before a task its texts choose a group, whose weights are loaded; after it they are stored. :meth:`routed`
-    answers each test sample with its own group's weights.
+    WHEN: before a task its texts choose a group, whose weights are loaded; after it they are stored. Each test sample
+    is answered with its own group's weights: by ``fit_stream`` on streams of instructions, else through :meth:`routed`.
 
     Args:
         groups: the codebook; TF-IDF with the loose threshold when None.
@@ -86,7 +86,9 @@ class TaskGroups(ContinualCallback):
         self._stream: Stream | None = None
 
     def conflict(self, other: ContinualCallback, module: nn.Module) -> str | None:
-        """Methods that grow, unless the user says which parameters belong to a group."""
+        """Methods that grow, unless the user says which parameters belong to a group, and evaluations inside tasks."""
+        if type(other).__name__ == "ContinualEvaluation":
+            return "inside a task the weights of its group are not stored, so no sample could be answered with them"
         if self._filtered or not other.grows():
             return None
         return (
@@ -95,10 +97,16 @@ class TaskGroups(ContinualCallback):
         )
 
     def start_task(self, module: nn.Module, task: Task) -> None:
-        """Choose the task's group and load its weights."""
+        """Choose the task's group and load its weights.
+
+        Raises:
+            ValueError: for a task name that a group holds already, or texts that cannot be compared.
+        """
         self._task = task
         if self._fresh is None:
             self._fresh = self._copy(module)
+        if any(h["task"] == task.name for h in self.groups.history):
+            raise ValueError(f"`task` must have a name of its own, got {task.name!r} a second time")
         match = self.groups.match(self._texts_of(task))
         if not match.expanded:
             self._load(module, self.weights[match.group])
@@ -144,7 +152,7 @@ class TaskGroups(ContinualCallback):
         predict: Callable[[nn.Module, Any], Tensor],
         allocate: Callable[[Any], Sequence[int]] | None = None,
     ) -> Callable[[nn.Module, Any], Tensor]:
-        """``predict`` with each sample's own group; pass it to ``fit_stream``.
+        """``predict`` with each sample's own group, for streams that :meth:`predictor` does not know.
 
         Args:
             predict: gives logits ``(batch, classes)`` of a batch, such as ``stream.predict``.
@@ -167,6 +175,10 @@ class TaskGroups(ContinualCallback):
             return logits
 
         return chosen
+
+    def predictor(self, predict: Callable[[nn.Module, Any], Tensor]) -> Callable[[nn.Module, Any], Tensor]:
+        """:meth:`routed` on a stream whose samples carry their instructions; else ``predict``."""
+        return self.routed(predict) if callable(getattr(self._stream, "instructions", None)) else predict
 
     def report_events(self, module: nn.Module) -> list[dict[str, Any]]:
         """One entry per task: its group, the similarity to each group, and the reason."""

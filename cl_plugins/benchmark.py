@@ -22,6 +22,7 @@ import yaml
 
 from cl_plugins.checkpoint_files import checkpoint_files, keep_newest, newest_intact
 from cl_plugins.failures import explained
+from cl_plugins.inside_tasks import InsideRow
 from cl_plugins.progress import StreamProgress
 from cl_plugins.recipes import Recipe, load_recipe, with_options
 from cl_plugins.result import StreamResult, write_text
@@ -103,10 +104,27 @@ def finished_result(folder: Path, stream: Any) -> StreamResult | None:
     newest = newest_intact(folder / "checkpoints") if (folder / "result.json").exists() else None
     if newest is None:
         return None
-    state, _ = StreamState.for_stream(stream).read(newest)
+    state, checkpoint = StreamState.for_stream(stream).read(newest)
     result = StreamResult.for_stream(stream)
     restore_result(result, state)
+    saved = checkpoint["callbacks"].get("ContinualEvaluation", {"rows": []})
+    result.inside_tasks = [InsideRow.from_dict(row) for row in saved["rows"]]
     return result
+
+
+def _inside(every: int | None, tasks: int | None, samples: int | None, seed: int) -> list[Any]:
+    """The callback that evaluates inside tasks, when it is asked for.
+
+    Raises:
+        ValueError: for its options without a period.
+    """
+    if every is None:
+        given = [name for name, value in (("eval_tasks", tasks), ("eval_samples", samples)) if value is not None]
+        if given:
+            raise ValueError(f"`eval_every` must be given beside `{given[0]}`, got None; say after how many steps")
+        return []
+    kind = importlib.import_module("cl_plugins.callbacks").ContinualEvaluation
+    return [kind(every, "seen" if tasks is None else tasks, samples, seed)]
 
 
 def quiet_lightning() -> None:
@@ -133,6 +151,9 @@ def run_benchmark(
     resume: bool = False,
     save_every_steps: int | None = None,
     save_every_minutes: float | None = None,
+    eval_every: int | None = None,
+    eval_tasks: int | None = None,
+    eval_samples: int | None = None,
     keep_checkpoints: bool = False,
     adapters: bool = False,
 ) -> StreamResult:
@@ -153,6 +174,9 @@ def run_benchmark(
             settings must be the same; a folder without a run starts one, and a finished run is left as it is.
         save_every_steps: save inside tasks, too, after so many optimizer steps; task ends are always saved.
         save_every_minutes: likewise after so many minutes.
+        eval_every: also evaluate all tasks so far inside the tasks, after so many optimizer steps.
+        eval_tasks: draw so many old tasks for each of these evaluations, for long streams; None takes all.
+        eval_samples: of each task at most so many samples in these evaluations; None takes all.
         keep_checkpoints: leave both checkpoints when the run is finished, not the last one alone.
         adapters: write what the method owns as ``checkpoints/adapters.safetensors``, too.
 
@@ -186,6 +210,9 @@ def run_benchmark(
     identity = {"method": method, "scenario": scenario, "seed": seed, "order_seed": order_seed}
     recipe_values = {**asdict(recipe), "callbacks": list(recipe.callbacks)}
     config = {**identity, "device": device, "data": dict(data or {}), "recipe": recipe_values}
+    inside = _inside(eval_every, eval_tasks, eval_samples, seed)
+    if inside:
+        config["inside_tasks"] = {"eval_every": eval_every, "eval_tasks": eval_tasks, "eval_samples": eval_samples}
     folder = folder_of(out, method, scenario, seed)
     resume = resume and (folder / "config.yaml").exists()
     if resume:
@@ -214,7 +241,7 @@ def run_benchmark(
         accelerator={"auto": "auto", "cuda": "gpu"}.get(device, device),
         devices=1,
         gradient_clip_val=recipe.gradient_clip or None,
-        callbacks=[*callbacks, *lengths, tracker, dashboard, bar, saver],
+        callbacks=[*callbacks, *lengths, *inside, tracker, dashboard, bar, saver],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -274,9 +301,40 @@ def _installed(name: str) -> bool:
     return any(d.name == name for d in distributions(name=name))
 
 
+def _inside_lines(result: StreamResult) -> list[str]:
+    """The numbers inside the tasks, and the average with its interval where tasks were drawn."""
+    inside = result.inside
+    if not inside.rows:
+        return []
+    lines = ["", f"inside the tasks, evaluated every {inside.every} steps ({len(inside.rows)} evaluations)"]
+    reasons = inside.undefined()
+    for key, value in inside.metrics().items():
+        name = key.split("@")[0].replace("_", " ")
+        why = f" ({reasons[key]})" if key in reasons else ""
+        lines.append(f"{name:<34}{'undefined' if value is None else format(value, '.4f'):>9}{why}")
+    drawn = [row for row in inside.rows if row.sampled]
+    if drawn:
+        value, half = drawn[-1].average
+        width = "undefined" if half != half else f"{half:.4f}"
+        lines.append(f"{f'average at step {drawn[-1].step}, tasks drawn':<34}{value:>9.4f} +- {width} (95 %)")
+    return [*lines, ""]
+
+
+def _cell(value: float) -> str:
+    return f"{'undefined' if value != value else format(value, '.4f'):>9}"
+
+
+def _why(reason: str) -> str:
+    return f"  ({reason})" if reason else ""
+
+
 def summary_table(result: StreamResult) -> str:
     """The named numbers and the accuracy matrix, for a terminal."""
     names = {
+        "map": "mAP of seen classes (last row)",
+        "average_map": "mAP, mean over rows",
+        "cf1": "CF1 (last row)",
+        "of1": "OF1 (last row)",
         "transfer": "transfer (before learning)",
         "average": "average (all cells)",
         "last": "last (last row, all tasks)",
@@ -289,6 +347,13 @@ def summary_table(result: StreamResult) -> str:
         "average_accuracy_task_known": "average accuracy, task known",
     }
     lines = []
+    if result.label_scores and len(result.rows) <= 12:
+        lines.append(" " * 12 + "".join(f"{name:>9}" for name in ("mAP", "CF1", "OF1")))
+        for row in result.rows:
+            if row.labels is not None:
+                values = (row.labels.map, row.labels.cf1, row.labels.of1)
+                lines.append(f"after T{row.after:<5}" + "".join(_cell(v) for v in values) + _why(row.labels.undefined))
+        lines.append("")
     if len(result.tasks) <= 12:
         matrix = result.accuracy_matrix
         lines.append(" " * 12 + "".join(f"{'T' + str(t.index):>7}" for t in result.tasks))
@@ -298,6 +363,7 @@ def summary_table(result: StreamResult) -> str:
         lines.append("")
     for key, value in result.metrics().items():
         lines.append(f"{names[key]:<34}{'undefined' if value is None else format(value, '.4f'):>9}")
+    lines += _inside_lines(result)
     seconds = sum(result.train_seconds)
     lines.append(f"{'trainable parameters':<34}{result.trainable_parameters:>9,}")
     lines.append(f"{'seconds training / evaluating':<34}{seconds:>9.1f} / {result.eval_seconds:.1f}")

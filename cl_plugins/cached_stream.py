@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,20 +19,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from cl_plugins._cache_inputs import fingerprint, in_order
 from cl_plugins.adapters.side_bank import SideBank
 from cl_plugins.attach import plugin_modules
 from cl_plugins.backbones import Backbone
 from cl_plugins.closed_form import ClosedFormHead
 from cl_plugins.evaluation import evaluating, split_batch, to_device
 from cl_plugins.feature_cache import CacheEntry, CacheKey, FeatureCache, tensor_digest
-from cl_plugins.features import feature
+from cl_plugins.features import DepthTap, feature
 from cl_plugins.heads import HeadMask
 from cl_plugins.plugin import module_device
 from cl_plugins.taps import TapRecord, backbone_taps
 from cl_plugins.task import Stream
 
 _SHIFT = 32
-_PROBE = 8
 _BEHIND = (SideBank, HeadMask, ClosedFormHead)  # modules that the feature does not depend on
 
 
@@ -124,6 +124,11 @@ class CachedStream:
 
     # the loaders of a stream
 
+    def images(self, name: str, *args: Any) -> DataLoader[Any]:
+        """The stream's own loader by the name of its method."""
+        loader: DataLoader[Any] = self._images[name](*args)
+        return loader
+
     def train_dataloader(self) -> DataLoader[Any]:
         """Training data of the current task in the stream's own order, as row ids."""
         return self.cached(self._images["train_dataloader"](), f"train-{self.stream.task}", self.views)
@@ -136,7 +141,7 @@ class CachedStream:
         """Training data of task ``index`` in a fixed order without augmentation, as row ids."""
         images = self._images["train_loader_for_features"](index)
         trained = self._keys.get(f"train-{index}-v0")
-        same = trained is not None and trained.transform == _fingerprint(images, 0)
+        same = trained is not None and trained.transform == fingerprint(images, 0)
         return self.cached(images, f"train-{index}" if same else f"features-{index}")
 
     def cached(self, images: DataLoader[Any], split: str, views: int = 1) -> DataLoader[Any]:
@@ -180,6 +185,9 @@ class CachedStream:
             read = [entry.read(rows[chosen], device) for chosen, entry in parts]
             arrays = {name: torch.cat([r[name] for r in read])[order] for name in read[0]}
         taps = {int(name[4:]): value for name, value in arrays.items() if name.startswith("tap.")}
+        for name, depth in self._depths():
+            if f"{name}.0" in arrays:
+                depth.replay([arrays[f"{name}.{i}"] for i in range(len(depth.blocks))])
         return TapRecord(taps, arrays.get("image")), arrays["feature"]
 
     def forget(self, split: str) -> None:
@@ -198,16 +206,26 @@ class CachedStream:
             split=split,
             view=view,
             weights=self._weights(),
-            transform=_fingerprint(images, view),
+            transform=fingerprint(images, view),
             dtype=self.cache.dtype_name,
             arrays=self._arrays(),
         )
         if key not in self._numbers:
+            self._outgrow(key)
             entry = self._open_or_fill(key, images, view)
             self._numbers[key] = len(self._entries)
             self._keys[key.name] = key
             self._entries.append(entry)
         return self._numbers[key]
+
+    def _outgrow(self, key: CacheKey) -> None:
+        """Drop this run's own entry of the same data when more is read now, such as deeper blocks' class tokens."""
+        held = self._keys.get(key.name)
+        if held is None or held.arrays == key.arrays or replace(held, arrays=key.arrays) != key:
+            return
+        self._entries[self._numbers.pop(held)] = CacheEntry({}, {}, torch.zeros(0, dtype=torch.int64), True)
+        first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+        (self.cache.drop if first or self.cache.folder is None else self.cache.release)(held)
 
     def _open_or_fill(self, key: CacheKey, images: DataLoader[Any], view: int) -> CacheEntry:
         """The entry of a key. A folder is filled by the first process while the others wait."""
@@ -235,13 +253,19 @@ class CachedStream:
     def _fill_here(self, key: CacheKey, images: DataLoader[Any], view: int) -> CacheEntry:
         entry = self.cache.open(key)
         if entry is None:
-            batches = self._compute(_in_order(images, view))
+            batches = self._compute(in_order(images, view))
             entry = self.cache.fill(key, batches, len(images.dataset))  # type: ignore[arg-type]
         return entry
 
     def _arrays(self) -> tuple[str, ...]:
         image = ("image",) if self.taps.wants_image else ()
-        return ("feature", *(f"tap.{i}" for i in sorted(self.taps.wanted)), *image)
+        deep = {f"{name}.{i}" for name, depth in self._depths() for i in range(len(depth.blocks))}
+        return ("feature", *(f"tap.{i}" for i in sorted(self.taps.wanted)), *sorted(deep), *image)
+
+    def _depths(self) -> list[tuple[str, DepthTap]]:
+        """What keeps class tokens of earlier blocks for computed classifiers, named by the number of blocks."""
+        found = (m for m in plugin_modules(self.module).modules() if isinstance(m, DepthTap))
+        return [(f"depth{len(depth.blocks)}", depth) for depth in found]
 
     def _compute(self, batches: DataLoader[Any]) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
         device = module_device(self.module)
@@ -252,6 +276,8 @@ class CachedStream:
                 base = feature(self.module, self.head, inputs)
                 record = self.taps.take()
                 arrays = {"feature": base, **{f"tap.{i}": record.taps[i] for i in sorted(self.taps.wanted)}}
+                for name, depth in self._depths():
+                    arrays |= {f"{name}.{i}": tokens for i, tokens in enumerate(depth.kept())}
                 if record.image is not None:
                     arrays["image"] = record.image
                 yield arrays, labels
@@ -314,30 +340,3 @@ def _plain(module: nn.Module) -> Iterator[None]:
     finally:
         for bank, (bypass, final) in zip(banks, before, strict=True):
             bank.bypass, bank.taps.needs_final = bypass, final
-
-
-def _in_order(images: DataLoader[Any], view: int, limit: int | None = None) -> DataLoader[Any]:
-    """All samples of a loader's data in order, as the epoch ``view`` sees them."""
-    n = len(images.dataset)  # type: ignore[arg-type]
-    size = images.batch_size or 64
-    starts = range(0, n if limit is None else min(limit, n), size if limit is None else limit)
-    batches = [[view * n + p for p in range(s, min(s + (limit or size), n))] for s in starts]
-    workers = 0 if limit is not None else images.num_workers
-    collate = partial(_collated, images.dataset) if images.batch_size is None else images.collate_fn
-    generator = torch.Generator().manual_seed(0)  # worker seeds would be drawn from the global one
-    return DataLoader(
-        images.dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate, generator=generator
-    )
-
-
-def _collated(dataset: Any, samples: Any) -> Any:
-    return dataset.collate(samples)
-
-
-def _fingerprint(images: DataLoader[Any], view: int) -> str:
-    """Digest of the first inputs and of the number of samples: tells another transform, order or data set."""
-    inputs, labels = split_batch(next(iter(_in_order(images, view, limit=_PROBE))))
-    n = torch.tensor(len(images.dataset))  # type: ignore[arg-type]
-    named = inputs if isinstance(inputs, dict) else {"inputs": inputs}
-    tensors = [(k, v) for k, v in sorted(named.items()) if isinstance(v, Tensor)]
-    return tensor_digest([*tensors, ("labels", labels), ("n", n)])

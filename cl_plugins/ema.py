@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cl_plugins.ema_log import WeightLog
 from cl_plugins.ema_rules import Rule, balanced_weight, eq45_weight, eq60_sums, group_ids, guard, make_rule
-from cl_plugins.tensor_lists import cast_like, chunks, interpolate_, l1_norms
+from cl_plugins.tensor_lists import cast_like, chunks, interpolate_, l1_change_, l1_distances, l1_norms
 
 Start = Literal["before_first_step", "after_first_step"]
 
@@ -205,9 +205,7 @@ class BalancedAverager:
             b[at] = l1_norms(new, home, kind)
             if rule.name == "eq45_elementwise":
                 plus_one[at] = l1_norms(torch._foreach_add(new, rule.mu), home, kind)
-            torch._foreach_sub_(old, new)
-            c[at] = l1_norms(old, home, kind)
-            torch._foreach_copy_(old, new)
+            c[at] = l1_change_(old, new, home, kind)
         for k, i in enumerate(index):
             self._has_previous[i] = grads[k] is not None
         r = torch.stack([self._residual[i].to(home, kind) for i in index]) if rule.name.startswith("eq45") else a
@@ -231,7 +229,7 @@ class BalancedAverager:
     def _distance(
         weights: Sequence[Tensor], averages: Sequence[Tensor], home: torch.device, dtype: torch.dtype
     ) -> Tensor:
-        return l1_norms(torch._foreach_sub(cast_like(weights, averages), list(averages)), home, dtype)
+        return l1_distances(cast_like(weights, averages), averages, home, dtype)
 
     def _formula(
         self, columns: Tensor, quotient: Tensor | None, plan: _Plan, lrs: Sequence[float] | None, home: torch.device

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from cl_plugins.label_scores import SeenLabelScores
 from cl_plugins.plugin import Row, module_device
 from cl_plugins.task import Stream, Task
 
@@ -76,7 +77,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def to_device(batch: Any, device: torch.device, like: nn.Module | None = None) -> Any:
-    """A batch with its tensors on ``device``; tuples, lists and dicts are followed.
+    """A batch with its tensors on ``device``; tuples, namedtuples, lists and dicts are followed.
 
     Args:
         batch: what a loader gave.
@@ -91,6 +92,8 @@ def to_device(batch: Any, device: torch.device, like: nn.Module | None = None) -
             return item.to(device, wanted or item.dtype, non_blocking=True)
         if isinstance(item, dict):
             return {k: move(v) for k, v in item.items()}
+        if isinstance(item, tuple) and hasattr(item, "_fields"):
+            return type(item)(*(move(v) for v in item))  # a namedtuple takes its fields one by one
         if isinstance(item, tuple | list):
             return type(item)(move(v) for v in item)
         return item
@@ -112,6 +115,8 @@ def count_task(
     *,
     n_tasks: int,
     predict: Predict = default_predict,
+    label_scores: SeenLabelScores | None = None,
+    earlier: Sequence[int] = (),
 ) -> Tensor:
     """Counts of one task's test data.
 
@@ -123,6 +128,8 @@ def count_task(
         seen: ``(classes,)`` bool, classes that a prediction may name.
         n_tasks: tasks in the stream.
         predict: gives logits ``(batch, classes)``.
+        label_scores: gets the logits of multi-label batches, too.
+        earlier: classes of the tasks that it got before.
 
     Returns:
         int64 ``(3 + n_tasks,)``: correct, total, correct among the task's own classes, then predictions per task.
@@ -140,6 +147,8 @@ def count_task(
             )
         if labels.ndim == 2:
             counts += _count_labels(logits, labels, own, owner, seen, n_tasks)
+            if label_scores is not None:
+                label_scores.update(logits, labels[:, : logits.shape[1]], earlier)
             continue
         hidden = ~seen[: logits.shape[1]]
         predicted = logits.masked_fill(hidden, -torch.inf).argmax(1)
@@ -187,6 +196,36 @@ def learned_after(stream: Stream, task: int) -> int:
     return int(tell(task)) if callable(tell) else task + 1
 
 
+def seen_classes(stream: Stream, upto: int) -> Tensor:
+    """Which classes a prediction may name once task ``upto`` is learned, ``(classes,)`` bool.
+
+    Args:
+        stream: gives the tasks.
+        upto: index of the task that was trained last; -1 lets predictions name every class.
+    """
+    tasks = evaluation_tasks(stream)
+    everything = upto < 0 or bool(getattr(stream, "open_vocabulary", False))
+    learned = len(tasks) if everything else learned_after(stream, upto)
+    seen = torch.zeros(stream.n_classes, dtype=torch.bool)
+    seen[[c for t in tasks if t.index < learned for c in t.classes]] = True
+    return seen
+
+
+def forward_setting(
+    module: nn.Module, trainer: pl.Trainer | None
+) -> tuple[torch.device, AbstractContextManager[Any], Callable[[Any], Any]]:
+    """Where batches of an evaluation go: the device, the context of precision, and what moves a batch there."""
+    if trainer is None:
+        device = module_device(module)
+        return device, nullcontext(), partial(to_device, device=device, like=module)
+    device = trainer.strategy.root_device
+    module.to(device)  # Lightning moves the module to the CPU when a fit ends
+    move: Callable[[Any], Any] = partial(to_device, device=device, like=module)
+    if trainer.strategy.lightning_module is module:
+        move = partial(_as_lightning, trainer)
+    return device, trainer.precision_plugin.forward_context(), move
+
+
 def evaluate_tasks(
     module: nn.Module,
     stream: Stream,
@@ -203,6 +242,9 @@ def evaluate_tasks(
     With several processes each counts its own share of the test data and the counts are added, so the numbers are
     those of one process exactly.
 
+    On a stream whose ``modality`` is "multi-label" the row also has the average precision and the counts of every seen
+    class, see :class:`cl_plugins.label_scores.LabelScores`.
+
     Args:
         module: the model; its modes are restored.
         stream: gives the tasks and their test data.
@@ -218,30 +260,30 @@ def evaluate_tasks(
     tasks = evaluation_tasks(stream)
     learned = len(tasks) if upto < 0 else learned_after(stream, upto)
     n = len(tasks)
-    device = module_device(module) if trainer is None else trainer.strategy.root_device
-    if trainer is not None:
-        module.to(device)  # Lightning moves the module to the CPU when a fit ends
+    device, precision, move = forward_setting(module, trainer)
     owner = torch.zeros(stream.n_classes, dtype=torch.int64)
-    seen = torch.zeros(stream.n_classes, dtype=torch.bool)
     for task in tasks:
         owner[list(task.classes)] = task.index
-        if task.index < learned or getattr(stream, "open_vocabulary", False):
-            seen[list(task.classes)] = True
-    owner, seen = owner.to(device), seen.to(device)
+    owner, seen = owner.to(device), seen_classes(stream, upto).to(device)
     chosen = [t for t in tasks if t.index < learned or future]
-    precision: AbstractContextManager[Any] = nullcontext()
-    move: Callable[[Any], Any] = partial(to_device, device=device, like=module)
-    if trainer is not None:
-        precision = trainer.precision_plugin.forward_context()
-        if trainer.strategy.lightning_module is module:
-            move = partial(_as_lightning, trainer)
     counts = torch.zeros(n, 3 + n, dtype=torch.int64, device=device)
+    learned_classes = [c for t in tasks if t.index < learned for c in t.classes]
+    scores = None
+    if getattr(stream, "modality", "") == "multi-label":
+        scores = SeenLabelScores(sorted(set(learned_classes))).to(device)
     with evaluating(module), precision:
+        earlier: list[int] = []
         for task in chosen:
             batches = (move(b) for b in stream.test_loader(task.index))
-            counts[task.index] = count_task(module, batches, task, owner, seen, n_tasks=n, predict=predict)
-    if trainer is not None and trainer.world_size > 1 and torch.distributed.is_initialized():
+            keep = scores if task.index < learned else None
+            counts[task.index] = count_task(
+                module, batches, task, owner, seen, n_tasks=n, predict=predict, label_scores=keep, earlier=earlier
+            )
+            earlier += task.classes
+    together = trainer is not None and trainer.world_size > 1 and torch.distributed.is_initialized()
+    if together:
         torch.distributed.all_reduce(counts)
+    labels = None if scores is None else scores.scores(gather=together)
     table = counts.cpu()
     measured = {t.index for t in chosen if int(table[t.index, 1]) > 0}
 
@@ -250,4 +292,4 @@ def evaluate_tasks(
 
     distinct = sum(len(t.classes) for t in tasks) == len({c for t in tasks for c in t.classes})
     confusion = tuple(map(tuple, table[:, 3:].tolist())) if distinct else ()
-    return Row(upto, column(0), column(1), column(2), confusion, time.perf_counter() - started)
+    return Row(upto, column(0), column(1), column(2), confusion, time.perf_counter() - started, labels)

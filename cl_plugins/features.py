@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
+from torch.utils.hooks import RemovableHandle
 
 from cl_plugins.evaluation import evaluating, split_batch, to_device
 from cl_plugins.plugin import module_device
+from cl_plugins.taps import BackboneTaps
 
 
 class _Captured(Exception):
@@ -51,7 +53,7 @@ class DepthTap(nn.Module):
 
     Example:
         >>> tap = DepthTap([nn.Identity()], 8)
-        >>> _ = tap._hooked[0](torch.randn(2, 5, 8))
+        >>> _ = tap.blocks[0](torch.randn(2, 5, 8))
         >>> tap.extend(torch.zeros(2, 3)).shape
         torch.Size([2, 11])
     """
@@ -60,19 +62,60 @@ class DepthTap(nn.Module):
         super().__init__()
         self.width = dim * len(blocks)
         self._hooked = tuple(blocks)  # in a tuple, so that their weights are not saved twice
+        self._taps: tuple[BackboneTaps, ...] = ()
         self._kept: list[Tensor] = []
-        self._handles = [block.register_forward_hook(self._keep) for block in blocks]
+        self._handles: list[RemovableHandle] = []
+        self._hook()
+
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """The blocks whose class tokens are kept."""
+        return self._hooked
+
+    def _hook(self) -> None:
+        self._handles += [block.register_forward_hook(self._keep) for block in self._hooked]
+
+    def follow(self, taps: BackboneTaps) -> None:
+        """Read the same blocks through the tap of a frozen backbone; a repeated call changes nothing.
+
+        The hooks move behind those of ``taps``, which take registers off the tokens. From then on only the backbone's
+        own pass counts, not what a side network runs through its last blocks, and evaluation runs all blocks.
+        """
+        if self._taps != (taps,):
+            self.remove()
+            self._hook()
+            self._taps = (taps,)
+            taps.whole_in_eval = True
 
     def _keep(self, block: nn.Module, args: Any, output: Any) -> None:
+        if self._taps and not self._taps[0].running:
+            return
         tokens = output[0] if isinstance(output, tuple) else output
         if block is self._hooked[0]:
-            self._kept.clear()  # an earlier pass may have ended before its features were taken
+            self._kept = []  # an earlier pass may have ended before its features were taken
         self._kept.append(layer_norm(tokens[:, 0].detach(), tokens.shape[-1:]))
+
+    def kept(self) -> list[Tensor]:
+        """What the last pass left, ``(batch, dim)`` for each block; taken by this call.
+
+        Raises:
+            RuntimeError: when the blocks did not all run since the last call.
+        """
+        kept, self._kept = self._kept, []
+        if len(kept) != len(self._hooked):
+            raise RuntimeError(
+                f"the last {len(self._hooked) + 1} blocks must run before the classifier, got {len(kept)} of them;"
+                " call the whole backbone in `forward`"
+            )
+        return kept
+
+    def replay(self, tokens: Sequence[Tensor]) -> None:
+        """Let stored tokens, as :meth:`kept` gave them, stand for a pass of the backbone."""
+        self._kept = list(tokens)
 
     def extend(self, feature: Tensor) -> Tensor:
         """The feature ``(batch, dim)`` with the kept tokens behind it, ``(batch, dim + blocks * width)``."""
-        kept, self._kept = self._kept, []
-        return torch.cat([feature, *(k.to(feature.dtype) for k in kept)], dim=1)
+        return torch.cat([feature, *(k.to(feature.dtype) for k in self.kept())], dim=1)
 
     def remove(self) -> None:
         """Take the hooks off the blocks."""

@@ -8,6 +8,7 @@ hand-written loop calls the same four; the hooks below call them at the right mo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -17,11 +18,14 @@ from torch import Tensor, nn
 from cl_plugins._lightning import Callback
 from cl_plugins.attach import CallCheck
 from cl_plugins.composition import check_composition
+from cl_plugins.label_scores import LabelScores
 from cl_plugins.task import Stream, Task
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
+    from cl_plugins.evaluation import Predict
+    from cl_plugins.inside_tasks import InsideRow
     from cl_plugins.result import StreamResult
 
 
@@ -37,6 +41,7 @@ class Row:
         confusion: ``(tasks, tasks)`` counts, samples of a task (row) predicted as a class of a task (column); empty
             when tasks share classes, so that a prediction names no task.
         seconds: duration of the evaluation.
+        labels: average precision and counts per class on a multi-label stream; None on others.
     """
 
     after: int
@@ -45,6 +50,7 @@ class Row:
     correct_in_task: tuple[int | None, ...]
     confusion: tuple[tuple[int, ...], ...]
     seconds: float
+    labels: LabelScores | None = None
 
 
 class ContinualCallback(Callback):
@@ -105,6 +111,14 @@ class ContinualCallback(Callback):
         """
         return None
 
+    def evaluation_weights(self, module: nn.Module) -> AbstractContextManager[None]:
+        """A block in which the module has the weights that an evaluation in the middle of a task should see."""
+        return nullcontext()
+
+    def predictor(self, predict: Predict) -> Predict:
+        """What the evaluation of a stream calls in place of ``predict``; the same where a method does not route."""
+        return predict
+
     def report_events(self, module: nn.Module) -> list[dict[str, Any]]:
         """Series and matrices of this method for the run store, asked for after each task."""
         return []
@@ -126,6 +140,9 @@ class ContinualCallback(Callback):
 
     def on_row(self, trainer: pl.Trainer, pl_module: pl.LightningModule, row: Row) -> None:
         """Called after the tasks so far were evaluated."""
+
+    def on_inside_row(self, trainer: pl.Trainer, pl_module: pl.LightningModule, row: InsideRow) -> None:
+        """Called after an evaluation inside a task, and again for saved ones after a resume."""
 
     def on_stream_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, result: StreamResult) -> None:
         """Called once, after the last task."""

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from cl_plugins import functional
 from cl_plugins.evaluation import evaluation_tasks, learned_after
+from cl_plugins.inside_tasks import InsideRow, InsideTasks
+from cl_plugins.label_scores import LABEL_SCORES, THRESHOLD
 from cl_plugins.plugin import Row
 from cl_plugins.task import Stream, Task
 
@@ -70,6 +72,7 @@ class StreamResult:
         train_seconds: time in ``fit``, per task.
         trainable_parameters: number of parameters that the last task trained.
         learned_at: row after which a column counts as learned; None for row j and column j.
+        inside_tasks: evaluations inside tasks, of a :class:`~cl_plugins.callbacks.ContinualEvaluation`.
 
     Example:
         >>> row = Row(0, (9, None), (10, None), (10, None), ((10, 0), (0, 0)), 0.1)
@@ -85,6 +88,7 @@ class StreamResult:
     train_seconds: list[float] = field(default_factory=list)
     trainable_parameters: int = 0
     learned_at: list[int] | None = None
+    inside_tasks: list[InsideRow] = field(default_factory=list)
 
     def add(self, row: Row) -> None:
         """Append a row; past :data:`MOST_CONFUSED` tasks only the newest keeps its ``tasks ** 2`` confusions."""
@@ -136,7 +140,9 @@ class StreamResult:
     @property
     def average_incremental_accuracy(self) -> float:
         """Mean over steps of the average accuracy at that step."""
-        return float(functional.average_incremental_accuracy(self.accuracy_matrix, learned_at=self.learned_at))
+        # a row is written after each task, also where the stream is tested on one set and learns no further column
+        matrix, learned_at = self.accuracy_matrix, self.learned_at
+        return float(functional.average_incremental_accuracy(matrix, learned_at=learned_at, every_row=True))
 
     @property
     def learning_accuracy(self) -> float:
@@ -152,6 +158,11 @@ class StreamResult:
     def backward_transfer(self) -> float:
         """Mean over old tasks of final accuracy minus accuracy right after learning; NaN with one task."""
         return float(functional.backward_transfer(self.accuracy_matrix, learned_at=self.learned_at))
+
+    @property
+    def inside(self) -> InsideTasks:
+        """The evaluations inside tasks with min-ACC, WC-ACC, windowed forgetting and plasticity, the stability gap."""
+        return InsideTasks(list(self.inside_tasks), len(self.tasks))
 
     @property
     def eval_seconds(self) -> float:
@@ -177,9 +188,45 @@ class StreamResult:
             scores["zero_shot"] = float(row[0, torch.tensor(learned_at) > 0].mean())
         return scores
 
+    @property
+    def label_scores(self) -> dict[str, float]:
+        """MAP, CF1 and OF1 of a multi-label stream after the last task, and the mean of the mAP over tasks.
+
+        NaN where a number is undefined; :meth:`to_dict` says why. Empty for other streams.
+        """
+        found = [row.labels for row in self.rows if row.labels is not None]
+        if not found:
+            return {}
+        maps = torch.tensor([scores.map for scores in found], dtype=torch.float64)
+        values = (found[-1].map, float(maps.mean()), found[-1].cf1, found[-1].of1)
+        return dict(zip(LABEL_SCORES, values, strict=True))
+
+    def _label_rows(self) -> dict[str, Any]:
+        """What :meth:`to_dict` tells of a multi-label stream, per row."""
+        found = [(row.after, row.labels) for row in self.rows if row.labels is not None]
+        if not found:
+            return {}
+        rows = [
+            {
+                "after": after,
+                "map": _number(scores.map),
+                "cf1": _number(scores.cf1),
+                "of1": _number(scores.of1),
+                "classes": list(scores.classes),
+                "average_precision": list(scores.average_precision),
+                "true_positives": list(scores.true_positives),
+                "predicted": list(scores.predicted),
+                "present": list(scores.present),
+                **({"undefined": scores.undefined} if scores.undefined else {}),
+            }
+            for after, scores in found
+        ]
+        return {"multilabel": {"threshold": THRESHOLD, "rows": rows}}
+
     def metrics(self) -> dict[str, float | None]:
         """The named numbers; None where a number is undefined."""
         return {
+            **{name: _number(value) for name, value in self.label_scores.items()},
             **{name: _number(value) for name, value in self.domain_scores.items()},
             "average_accuracy": _number(self.average_accuracy),
             "average_incremental_accuracy": _number(self.average_incremental_accuracy),
@@ -205,6 +252,7 @@ class StreamResult:
         return {
             **self.metrics(),
             "definitions": {
+                **{name: LABEL_SCORES[name] for name in self.label_scores},
                 **{name: _DOMAIN_SCORES[name] for name in self.domain_scores},
                 "average_accuracy": "mean over tasks of the last row",
                 "average_incremental_accuracy": "mean over rows of the mean over tasks seen so far",
@@ -215,6 +263,7 @@ class StreamResult:
             },
             "accuracy_matrix": [[_number(c) for c in row] for row in self.accuracy_matrix],
             "accuracy_matrix_task_known": [[_number(c) for c in row] for row in self.accuracy_matrix_task_known],
+            **self._label_rows(),
             "learned_at": self.learned_at or list(range(len(self.tasks))),
             "correct": [list(row.correct) for row in self.rows],
             "total": [list(row.total) for row in self.rows],
@@ -225,6 +274,7 @@ class StreamResult:
             "train_seconds": sum(self.train_seconds),
             "train_seconds_per_task": self.train_seconds,
             "eval_seconds": self.eval_seconds,
+            **({"inside_tasks": self.inside.to_dict()} if self.inside_tasks else {}),
         }
 
     def save(self, path: str | Path, **extra: Any) -> Path:

@@ -279,7 +279,8 @@ def fit_stream(
         evaluate_initial: evaluate all tasks before any training, for forward transfer.
         evaluate_future: evaluate tasks that are not learned yet as well, for transfer metrics.
         predict: gives the logits ``(batch, classes)`` of a batch; the default is the stream's own ``predict`` where
-            it has one, as streams of text do, and else calls ``module(x)``.
+            it has one, as streams of text do, and else calls ``module(x)``; methods that route test samples, such as
+            :class:`~cl_plugins.callbacks.TaskGroups`, do so around the default and leave a given one alone.
 
     Returns:
         The accuracy matrix as counts, and the numbers that follow from it.
@@ -291,7 +292,8 @@ def fit_stream(
     """
     _refuse(trainer, stream)
     check_composition(plugins_of(trainer), module)
-    if predict is default_predict:
+    own_predict = predict is default_predict
+    if own_predict:
         predict = getattr(stream, "predict", default_predict)
     state = next((c for c in trainer.callbacks if isinstance(c, StreamState)), None)  # type: ignore[attr-defined]
     if state is None:
@@ -301,6 +303,7 @@ def fit_stream(
         trainer.callbacks.insert(0, _LossGuard())  # type: ignore[attr-defined]  # before what saves
     result = StreamResult.for_stream(stream)
     state.begin(stream, result)
+    state.predict = predict
     first, resume, spent, between = 0, None, 0.0, None
     if ckpt_path is not None:
         resume = find_checkpoint(trainer, ckpt_path)
@@ -316,6 +319,9 @@ def fit_stream(
         stack.enter_context(_tell_failures(trainer, module, plugins))
         for plugin in plugins:
             plugin.on_stream_start(trainer, module, stream)
+        if own_predict:
+            for plugin in plugins:
+                predict = plugin.predictor(predict)
         if evaluate_initial and resume is None:
             result.initial = evaluate_tasks(module, stream, -1, trainer=trainer, predict=predict)
             for plugin in plugins:

@@ -31,6 +31,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cl_plugins.inside_tasks import InsideRow
 from cl_plugins.run_writer import SCHEMA, RunWriter, check_run_id, event_files
 
 __all__ = ["SCHEMA", "Run", "RunTask", "RunWriter", "check_run_id", "read_run", "read_runs"]
@@ -62,10 +63,13 @@ class Run:
         correct: correct predictions ``(rows, tasks)`` int64, -1 where not measured; row i is after task i.
         total: test samples ``(rows, tasks)`` int64, -1 where not measured.
         initial: correct and total ``(2, tasks)`` before any training, or None.
+        correct_in_task: as ``correct``, when the choice is among the task's own classes.
+        initial_in_task: as ``initial``, likewise.
         learned_at: per task the row in which it was learned, None if it never was.
         plug: events of the methods, the newest for each name and task.
         confusion: true task x predicted task, by row.
         cost: cost events merged by task.
+        inside: evaluations inside tasks, in order.
         alerts: alert events.
         other: events of kinds this version does not know.
         ended: "finished", "failed", or None for a run that goes on or was killed.
@@ -79,10 +83,13 @@ class Run:
     correct: Counts = field(default_factory=lambda: np.zeros((0, 0), np.int64))
     total: Counts = field(default_factory=lambda: np.zeros((0, 0), np.int64))
     initial: Counts | None = None
+    correct_in_task: Counts = field(default_factory=lambda: np.zeros((0, 0), np.int64))
+    initial_in_task: Counts | None = None
     learned_at: list[int | None] = field(default_factory=list)
     plug: list[dict[str, Any]] = field(default_factory=list)
     confusion: dict[int, Counts] = field(default_factory=dict)
     cost: dict[int, dict[str, Any]] = field(default_factory=dict)
+    inside: list[InsideRow] = field(default_factory=list)
     alerts: list[dict[str, Any]] = field(default_factory=list)
     other: list[dict[str, Any]] = field(default_factory=list)
     ended: str | None = None
@@ -100,6 +107,20 @@ class Run:
     def initial_accuracy(self) -> Tensor | None:
         """Accuracy per task ``(tasks,)`` before any training, or None."""
         return None if self.initial is None else _ratio(self.initial[0], self.initial[1])
+
+    @property
+    def accuracy_matrix_task_known(self) -> Tensor:
+        """The same as ``accuracy_matrix`` when the task of each sample is given."""
+        if self.correct_in_task.shape != self.total.shape:
+            return _ratio(np.full_like(self.total, -1), np.full_like(self.total, -1))
+        return _ratio(self.correct_in_task, np.where(self.correct_in_task < 0, -1, self.total))
+
+    @property
+    def initial_accuracy_task_known(self) -> Tensor | None:
+        """The same as ``initial_accuracy`` when the task of each sample is given."""
+        if self.initial is None or self.initial_in_task is None:
+            return None
+        return _ratio(self.initial_in_task, np.where(self.initial_in_task < 0, -1, self.initial[1]))
 
 
 def _ratio(correct: Counts, total: Counts) -> Tensor:
@@ -140,17 +161,19 @@ def _lines(path: Path, problems: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def _counts(row: dict[str, Any], width: int) -> Counts | None:
-    """Correct and total ``(2, width)`` of a row event, -1 where not measured; None when the row is malformed."""
-    table = np.full((2, width), -1, np.int64)
-    for line, key in enumerate(("correct", "total")):
+    """Correct, total and correct in task ``(3, width)`` of a row event, -1 where not measured; None when malformed."""
+    table = np.full((3, width), -1, np.int64)
+    for line, key in enumerate(("correct", "total", "correct_in_task")):
         values = row.get(key)
+        if values is None and line == 2:
+            continue  # written by versions before it was recorded
         if not isinstance(values, list) or len(values) > width:
             return None
         if not all(v is None or (isinstance(v, int) and 0 <= v < 1 << 62) for v in values):
             return None
         table[line, : len(values)] = [-1 if v is None else v for v in values]
-    table[:, (table < 0).any(0)] = -1
-    if (table[0] > table[1]).any():
+    table[:, (table[:2] < 0).any(0)] = -1
+    if (table[[0, 2]] > table[1]).any():
         return None
     return table
 
@@ -163,6 +186,8 @@ class _Reader:
         self.rows: dict[tuple[int, int], dict[str, Any]] = {}  # by (rank, after)
         self.tasks: dict[int, dict[str, Any]] = {}
         self.plug: dict[tuple[str, Any], dict[str, Any]] = {}
+        self.inside: dict[tuple[int, int, bool], InsideRow] = {}
+        self.malformed = 0
 
     def restart(self, first: int, rank: int) -> None:
         """Forget what an earlier start recorded of task ``first`` and later ones."""
@@ -174,6 +199,7 @@ class _Reader:
         self.plug = {k: v for k, v in self.plug.items() if isinstance(k[1], int) and k[1] < first}
         self.run.cost = {k: v for k, v in self.run.cost.items() if k < first}
         self.run.confusion = {k: v for k, v in self.run.confusion.items() if k < first}
+        self.inside = {k: v for k, v in self.inside.items() if k[0] < first}
         self.run.alerts = [a for a in self.run.alerts if _is_index(a.get("task")) and a["task"] < first]
         if first == 0:
             self.tasks, self.run.meta, self.run.other = {}, {}, []
@@ -208,6 +234,8 @@ class _Reader:
         elif kind == "plug" and isinstance(fields.get("name"), str):
             task = fields.get("task")
             self.plug[fields["name"], task if isinstance(task, (int, str)) else None] = fields
+        elif kind == "mid":
+            self.add_inside(fields)
         elif kind == "alert":
             run.alerts.append(fields)
         elif kind == "end":
@@ -215,9 +243,22 @@ class _Reader:
         elif kind != "segment":
             run.other.append(event)
 
+    def add_inside(self, fields: dict[str, Any]) -> None:
+        """Take an evaluation inside a task; a later one at the same step wins."""
+        try:
+            row = InsideRow.from_dict(fields)
+        except ValueError:
+            self.malformed += 1
+            return
+        if max((row.task, row.seen, *row.tasks)) <= _MOST_TASKS:
+            self.inside[row.task, row.step, row.end] = row
+
     def finish(self) -> Run:
         """Build the tasks and the matrices."""
         run = self.run
+        run.inside = [row for _, row in sorted(self.inside.items())]
+        if self.malformed:
+            run.problems.append(f"{self.malformed} evaluations inside tasks are malformed and left out")
         run.plug = list(self.plug.values())
         lists = [len(v) for row in self.rows.values() for v in (row.get("correct"),) if isinstance(v, list)]
         width = max([0, *(i + 1 for i in self.tasks), *(n for n in lists if n <= _MOST_TASKS)])
@@ -236,7 +277,7 @@ class _Reader:
             learned = told.get("learned_at", index)
             run.learned_at.append(learned if _is_index(learned) else None)
         height = 1 + max((after for _, after in self.rows), default=-1)
-        table = np.full((2, height + 1, width), -1, np.int64)  # the last line is the initial row
+        table = np.full((3, height + 1, width), -1, np.int64)  # the last line is the initial row
         for (_, after), row in sorted(self.rows.items()):
             counts = _counts(row, width)
             if counts is None:
@@ -244,8 +285,9 @@ class _Reader:
                 continue
             line = table[:, after]
             table[:, after] = np.where(counts < 0, line, np.where(line < 0, counts, line + counts))
-        run.correct, run.total = table[0, :height], table[1, :height]
-        run.initial = table[:, height] if any(after < 0 for _, after in self.rows) else None
+        run.correct, run.total, run.correct_in_task = table[0, :height], table[1, :height], table[2, :height]
+        if any(after < 0 for _, after in self.rows):
+            run.initial, run.initial_in_task = table[:2, height], table[2, height]
         return run
 
 

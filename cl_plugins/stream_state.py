@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,8 @@ from torch import Tensor, nn
 
 from cl_plugins._lightning import Callback
 from cl_plugins._reading import load_tensors
+from cl_plugins.evaluation import Predict
+from cl_plugins.label_scores import LabelScores
 from cl_plugins.plugin import Row
 from cl_plugins.result import StreamResult
 from cl_plugins.task import Stream
@@ -36,7 +40,14 @@ def rows_to_state(rows: Sequence[Row]) -> dict[str, Any]:
         "seconds": [row.seconds for row in rows],
         "counts": torch.tensor(counts, dtype=torch.int64),
         "confusion": told,
+        "labels": {n: _plain(asdict(row.labels)) for n, row in enumerate(rows) if row.labels is not None},
     }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
 
 
 def rows_from_state(state: dict[str, Any]) -> list[Row]:
@@ -48,7 +59,9 @@ def rows_from_state(state: dict[str, Any]) -> list[Row]:
         correct, total, in_task = (tuple(None if c < 0 else c for c in column) for column in counts)
         told = state["confusion"].get(n)
         confusion = () if told is None else tuple(map(tuple, told.tolist()))
-        rows.append(Row(after, correct, total, in_task, confusion, seconds))
+        scores = state["labels"].get(n)
+        labels = None if scores is None else LabelScores.from_state(scores)
+        rows.append(Row(after, correct, total, in_task, confusion, seconds, labels))
     return rows
 
 
@@ -85,6 +98,16 @@ def set_random_states(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(states["cuda"])
 
 
+@contextmanager
+def same_randomness() -> Iterator[None]:
+    """Whatever the block draws, the global generators of torch, NumPy and Python go on as if it had not run."""
+    states = random_states()
+    try:
+        yield
+    finally:
+        set_random_states(states)
+
+
 def finished_rows(trainer: pl.Trainer) -> list[Row]:
     """The rows that a resumed stream begins with; none in a stream that starts anew."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
@@ -102,6 +125,8 @@ class StreamState(Callback):
         self.task = 0
         self.started: float | None = None
         """When the task under way began, by ``time.perf_counter``; None between tasks."""
+        self.predict: Predict | None = None
+        """How the stream under way is evaluated; None before it starts."""
         self._result: StreamResult | None = None
         self._identity: dict[str, Any] = {}
         self._pending: dict[str, Any] | None = None

@@ -7,6 +7,7 @@ and one that still runs, since the sweep alone was killed, is waited for.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -21,7 +22,7 @@ import yaml
 
 from cl_plugins._reading import read_json
 from cl_plugins._text import did_you_mean
-from cl_plugins.recipes import load_recipe, with_options
+from cl_plugins.recipes import load_recipe, recipe_names, with_options
 from cl_plugins.run_writer import is_being_written
 
 _POLL_SECONDS = 0.2
@@ -123,25 +124,28 @@ def plan(
         seeds: their number, counted from 0, or the seeds.
         orders: class orders: "own" for the scenario's, "seed" for one drawn by each run's seed, or order seeds, which
             are crossed with the seeds.
-        common: further fields of :class:`Job`, the same for all.
+        common: further fields of :class:`Job`, the same for all; an option ``mora.rank`` goes to the method ``mora``
+            alone, ``rank`` to every method.
 
     Raises:
-        ValueError: for nothing to do, an unknown method or scenario, or an option that a method does not take.
+        ValueError: for nothing to do, an unknown method or scenario, an option that a method does not take, or one for
+            a method that is not in the sweep.
 
     Example:
         >>> [job.name for job in plan(["ovor"], ["split-digits"], seeds=2)]
         ['split-digits_ovor_seed0_order0', 'split-digits_ovor_seed1_order1']
+        >>> [dict(job.options) for job in plan(["lora", "mora"], ["split-digits"], 1, options={"mora.rank": 8})]
+        [{}, {'rank': 8}]
     """
-    import importlib
-
     known = importlib.import_module("cl_plugins.scenarios").scenario_names()
     for scenario in scenarios:
         if scenario not in known:
             raise ValueError(
                 f"`scenarios` must hold known scenarios, got {scenario!r}{did_you_mean(str(scenario), known)}"
             )
+    options = _options_by_method(methods, common.pop("options", {}))
     for method in methods:
-        with_options(load_recipe(method), common.get("options") or {})  # refuses what is unknown
+        with_options(load_recipe(method), options[method])  # refuses what is unknown
     chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not methods or not scenarios or not chosen:
         raise ValueError(
@@ -150,12 +154,31 @@ def plan(
     jobs = []
     for seed in chosen:
         drawn: list[int | None] = [None] if orders == "own" else [seed] if orders == "seed" else list(orders)
-        jobs += [Job(m, s, seed, order, **common) for order in drawn for s in scenarios for m in methods]
+        jobs += [
+            Job(m, s, seed, order, options=options[m], **common) for order in drawn for s in scenarios for m in methods
+        ]
     names = [job.name for job in jobs]
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:
         raise ValueError(f"`methods`, `scenarios` and `seeds` must not repeat themselves, got {twice[0]!r} twice")
     return jobs
+
+
+def _options_by_method(methods: Sequence[str], options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    of: dict[str, dict[str, Any]] = {method: {} for method in methods}
+    own: list[tuple[str, str, Any]] = []
+    for key, value in options.items():
+        owner, _, name = key.partition(".")
+        if name and owner in recipe_names():
+            if owner not in of:
+                raise ValueError(f"`--set {key}` must be for a method of the sweep, got {list(methods)!r}")
+            own.append((owner, name, value))
+            continue
+        for method in methods:
+            of[method][key] = value
+    for owner, name, value in own:  # what is said of one method wins over what is said of all
+        of[owner][name] = value
+    return of
 
 
 def is_done(job: Job, folder: Path) -> bool:

@@ -139,6 +139,7 @@ class BackboneTaps(nn.Module):
         self.wanted: set[int] = set()
         self.wants_image = False
         self.needs_final = True
+        self.whole_in_eval = False
         self.frozen = True
         self.registers: Sequence[Tensor] = ()
         self.reader: Callable[[Tensor], tuple[TapRecord, Tensor]] | None = None
@@ -152,6 +153,11 @@ class BackboneTaps(nn.Module):
     def backbone(self) -> Backbone:
         """The backbone that is tapped."""
         return self._backbone[0]
+
+    @property
+    def running(self) -> bool:
+        """Whether the backbone's own pass is under way."""
+        return self._running
 
     def want(self, indices: Iterable[int], *, image: bool = False) -> None:
         """Take these taps, and the image, from now on, beside those wanted before.
@@ -277,7 +283,8 @@ class BackboneTaps(nn.Module):
             return None
         if index + 1 in self.wanted:
             self._record.taps[index + 1] = self._tokens_first(output)
-        if not self.needs_final and index + 1 >= max(self.wanted, default=len(self.backbone.blocks)):
+        enough = index + 1 >= max(self.wanted, default=len(self.backbone.blocks))
+        if enough and not self.needs_final and (self.training or not self.whole_in_eval):
             raise _Enough
         return output[:, self.registers[index].shape[1] :] if self.registers else None
 

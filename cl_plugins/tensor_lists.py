@@ -33,8 +33,39 @@ def chunks(tensors: Sequence[Tensor], limit: int = _CHUNK) -> Iterator[slice]:
 
 def l1_norms(tensors: Sequence[Tensor], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """L1 norms ``(tensors,)``, summed and given in ``dtype`` whatever that of the tensors, on ``device``."""
-    norms = torch.stack(torch._foreach_norm(list(tensors), 1, dtype=dtype))
+    if _one_by_one(tensors, dtype):
+        norms = torch.stack([t.abs().sum() for t in tensors])
+    else:
+        norms = torch.stack(torch._foreach_norm(list(tensors), 1, dtype=dtype))
     return norms.to(device, non_blocking=True)
+
+
+def l1_distances(
+    left: Sequence[Tensor], right: Sequence[Tensor], device: torch.device, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """L1 norms ``(tensors,)`` of ``left - right``, like :func:`l1_norms`; both of one dtype and device."""
+    if _one_by_one(left, dtype):
+        return torch.stack([(a - b).abs_().sum() for a, b in zip(left, right, strict=True)]).to(device)
+    return l1_norms(torch._foreach_sub(list(left), list(right)), device, dtype)
+
+
+def l1_change_(
+    old: Sequence[Tensor], new: Sequence[Tensor], device: torch.device, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """L1 norms ``(tensors,)`` of ``old - new``; ``old`` holds a copy of ``new`` afterwards."""
+    held = list(old)
+    if _one_by_one(held, dtype):
+        norms = l1_distances(held, new, device, dtype)
+    else:
+        torch._foreach_sub_(held, list(new))
+        norms = l1_norms(held, device, dtype)
+    torch._foreach_copy_(held, list(new))
+    return norms
+
+
+def _one_by_one(tensors: Sequence[Tensor], dtype: torch.dtype) -> bool:
+    """Whether a loop is quicker: on the CPU a temporary of one tensor stays in the cache, a list of them does not."""
+    return dtype == torch.float32 and all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
 
 
 def cast_like(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
@@ -57,9 +88,11 @@ def interpolate_(averages: Sequence[Tensor], weights: Sequence[Tensor], alpha: T
         weights: of the same.
         alpha: a number, or ``(tensors,)``.
     """
-    targets, sources = list(averages), list(weights)
-    if not targets:
+    if not averages:
         return
+    # the multi-tensor calls take lists alone
+    targets = averages if isinstance(averages, list) else list(averages)
+    sources = weights if isinstance(weights, list) else list(weights)
     dtype, device = targets[0].dtype, targets[0].device
     if dtype in (torch.bfloat16, torch.float16):
         # the released code's two products, whose rounding decides whether such an average moves at all

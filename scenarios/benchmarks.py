@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 
 from .data import Transform
+from .fetch import fetch
 from .image_files import ImageFiles, class_folders, listed_images, need, seeded_halves
 from .stream_data import StreamData
 
@@ -41,7 +42,12 @@ def crop_transforms(size: int, *, squash: bool = False) -> tuple[Transform, Tran
     return train, transforms.Compose(evaluate)
 
 
-def _folder(root: str | None, name: str, how: str) -> Path:
+def data_folder(root: str | None, name: str, how: str) -> Path:
+    """The folder of data that do not come along.
+
+    Raises:
+        ValueError: without one, saying ``how`` to get them.
+    """
     if root is None:
         raise ValueError(f"`root` must be the folder with {name}, got None; {how}")
     return Path(root).expanduser()
@@ -54,22 +60,27 @@ def load_cifar(
 
     Args:
         root: folder that holds or gets ``cifar-100-python`` (or ``cifar-10-batches-py``).
-        download: get it, about 170 MB, checksummed.
+        download: get it, about 170 MB, checksummed; goes on after an interruption.
         kind: which of the two; 10 tasks of 10 classes, or 5 of 2.
         size: of the images given out.
 
     Raises:
         ValueError: without a folder.
         FileNotFoundError: when the files are not there or damaged.
+        ConnectionError: when the download breaks; the next one goes on.
     """
     from torchvision.datasets import CIFAR10, CIFAR100
 
     how = "pass `download=True` to get it"
-    folder = _folder(root, kind, how)
+    folder = data_folder(root, kind, how)
     factory = {"cifar10": CIFAR10, "cifar100": CIFAR100}[kind]
     try:
-        train, test = (factory(str(folder), train=part, download=download) for part in (True, False))
+        train, test = (factory(str(folder), train=part) for part in (True, False))
     except RuntimeError as error:
+        if download:
+            fetch(factory.url, folder / factory.filename, factory.tgz_md5)
+            factory(str(folder), download=True)  # unpacks it
+            return load_cifar(root, False, kind, size)
         raise FileNotFoundError(
             f"`root` must hold {factory.base_folder}, whole and undamaged, got {str(folder)!r}; {how}"
         ) from error
@@ -125,7 +136,7 @@ def load_class_folders(
         FileNotFoundError: when parts are not there.
     """
     how = f"get it from {source} and unpack it there"
-    folder = _folder(root, title, how)
+    folder = data_folder(root, title, how)
     need(title, folder, (), how)
     if download and not any(folder.iterdir()):
         raise FileNotFoundError(f"`download` must be False for {title}, which has no checksummed source; {how}")
@@ -170,7 +181,7 @@ def load_cub(root: str | None = None, download: bool = False, size: int = 224, n
         FileNotFoundError: when parts are not there, naming them.
     """
     how = "get CUB_200_2011.tgz from https://data.caltech.edu/records/65de6-vp158 and unpack it there"
-    folder = _folder(root, "CUB-200-2011", how)
+    folder = data_folder(root, "CUB-200-2011", how)
     if (folder / "CUB_200_2011").is_dir():
         folder = folder / "CUB_200_2011"
     parts = ("images", "images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt")

@@ -48,9 +48,7 @@ class FewShot(ClassIncremental):
         shot_seed: int = 0,
         **options: Unpack[ClassOptions],
     ) -> None:
-        for name, value in (("base_classes", base_classes), ("ways", ways), ("shots", shots)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be an integer of 1 or more, got {value!r}")
+        check_counts(base_classes=base_classes, ways=ways, shots=shots)
         self.base_classes, self.ways, self.shots = base_classes, ways, shots
         self.shot_seed = check_seed("shot_seed", shot_seed)
         super().__init__(data, **options)
@@ -81,6 +79,17 @@ class FewShot(ClassIncremental):
     def further_seeds(self) -> dict[str, int | None]:
         """The seed of the shots."""
         return {"shot": self.shot_seed}
+
+
+def check_counts(**counts: Any) -> None:
+    """Refuse counts that are no integers of 1 or more.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"`{name}` must be an integer of 1 or more, got {value!r}")
 
 
 class Blurry(ClassIncremental):

@@ -7,7 +7,7 @@ from .registry import DataInfo, ScenarioInfo, register_data, register_scenario
 _GLYPHS = "characters rendered from the bundled fonts"
 _A = {"name": "imagenet-a", "title": "ImageNet-A", "source": "https://github.com/hendrycks/natural-adv-examples"}
 
-DATA = (
+DATA: tuple[DataInfo, ...] = (
     DataInfo("digits", "1,797 real handwritten digits of scikit-learn", "digits:load_digits_data"),
     DataInfo("glyphs-100", f"100 {_GLYPHS}", "glyph_data:load_glyphs", {"n_classes": 100}),
     DataInfo(
@@ -187,6 +187,176 @@ SCENARIOS += (
         "8 tasks, as many prompts as the files hold",
         "root= with one folder per task, each with train.json and test.json",
         modality="text",
+    ),
+)
+
+_MNIST = "root= with MNIST/raw, or root= and download=True (12 MB)"
+_DIGITS = "the same 10 classes; 60,000 training and 10,000 test images each"
+DATA += (DataInfo("mnist", "MNIST, 70,000 handwritten digits of 28 x 28 pixels", "mnist:load_mnist", {}, _MNIST),)
+SCENARIOS += (
+    ScenarioInfo(
+        "split-mnist",
+        "MNIST, two digits at a time",
+        "class_incremental:ClassIncremental",
+        {"data": "mnist"},
+        "5 tasks x 2 classes; 60,000 training and 10,000 test images",
+        _MNIST,
+        "mnist",
+    ),
+    ScenarioInfo(
+        "permuted-mnist",
+        "MNIST with the pixels in another order in each task, drawn by the data seed; the first as they are",
+        "mnist:permuted_mnist",
+        {},
+        f"10 tasks x {_DIGITS}",
+        _MNIST,
+    ),
+    ScenarioInfo(
+        "rotated-mnist",
+        "MNIST turned by another angle in each task, 0 to 162 degrees",
+        "mnist:rotated_mnist",
+        {},
+        f"10 tasks x {_DIGITS}",
+        _MNIST,
+    ),
+)
+
+_TINY = "root= with tiny-imagenet-200, or root= and download=True (248 MB)"
+_CORE50 = "root= with core50_128x128"
+_MINI = "root= with miniimagenet (images, split/train.csv, split/test.csv)"
+_SHOTS = "the shots drawn by a seed, or the published ones with lists="
+DATA += (
+    DataInfo("tiny-imagenet", "Tiny-ImageNet, 110,000 small photos", "tiny_imagenet:load_tiny_imagenet", {}, _TINY),
+    DataInfo("core50", "CORe50, 164,866 frames of 50 objects in 11 sessions", "core50:load_core50", {}, _CORE50),
+    DataInfo(
+        "mini-imagenet",
+        "mini-ImageNet, 60,000 small photos of 100 classes",
+        "few_shot_benchmarks:load_mini_imagenet",
+        {},
+        _MINI,
+    ),
+)
+SCENARIOS += (
+    ScenarioInfo(
+        "split-tiny-imagenet",
+        "Tiny-ImageNet, twenty classes at a time",
+        "class_incremental:ClassIncremental",
+        {"data": "tiny-imagenet"},
+        "10 tasks x 20 classes; 100,000 training and 10,000 test images",
+        _TINY,
+        "tiny-imagenet",
+    ),
+    ScenarioInfo(
+        "core50-nc",
+        "CORe50 NC, new objects in each task",
+        "core50:core50_nc",
+        {},
+        "9 tasks, 10 + 8 x 5 classes, eight sessions to train and three to test",
+        _CORE50,
+    ),
+    ScenarioInfo(
+        "core50-ni",
+        "CORe50 NI, the same 50 objects in another session in each task, tested on three sessions that are in none",
+        "core50:core50_ni",
+        {},
+        "8 tasks x the same 50 classes, a session each, and three sessions to test",
+        _CORE50,
+    ),
+    ScenarioInfo(
+        "domainnet",
+        "DomainNet, the same classes in six styles from photos to drawings",
+        "domain_net:domainnet",
+        {},
+        "6 tasks x the same 345 classes",
+        "root= with the six domains and the lists <domain>_train.txt and <domain>_test.txt",
+    ),
+    ScenarioInfo(
+        "fewshot-cifar100",
+        f"CIFAR-100, 60 base classes, then 5 classes with 5 images each at a time, {_SHOTS}",
+        "few_shot_benchmarks:fewshot_cifar100",
+        {},
+        "60 + 8 x 5 classes; 30,000 + 8 x 25 training and 10,000 test images",
+        _NEEDS["cifar100"],
+    ),
+    ScenarioInfo(
+        "fewshot-mini-imagenet",
+        f"mini-ImageNet, 60 base classes, then 5 classes with 5 images each at a time, {_SHOTS}",
+        "few_shot_benchmarks:fewshot_mini_imagenet",
+        {},
+        "60 + 8 x 5 classes; 30,000 + 8 x 25 training and 10,000 test images",
+        _MINI,
+    ),
+    ScenarioInfo(
+        "fewshot-cub200",
+        f"CUB-200-2011, 100 base classes, then 10 classes with 5 images each at a time, {_SHOTS}",
+        "few_shot_benchmarks:fewshot_cub200",
+        {},
+        "100 + 10 x 10 classes; all images of the base classes + 10 x 50 training and 5,788 test images",
+        _NEEDS["cub200"],
+    ),
+)
+
+_TRANSFER = {
+    "aircraft": ("FGVC-Aircraft, 10,000 photos of 100 variants", "fgvc-aircraft-2013b"),
+    "caltech101": ("Caltech101, 8,677 images of 101 kinds of objects", "caltech101"),
+    "dtd": ("DTD, 5,640 photos of 47 textures", "dtd"),
+    "eurosat": ("EuroSAT, 27,000 satellite images of 10 kinds of land", "eurosat"),
+    "flowers102": ("Flowers102, 8,189 photos of 102 flowers", "flowers-102"),
+    "food101": ("Food-101, 101,000 photos of 101 dishes", "food-101"),
+    "oxford-pets": ("Oxford-IIIT Pet, 7,349 photos of 37 breeds", "oxford-iiit-pet"),
+    "stanford-cars": ("Stanford Cars, 16,185 photos of 196 models", "stanford_cars"),
+    "sun397": ("SUN397, 108,754 photos of 397 scenes", "SUN397"),
+}
+DATA += tuple(
+    DataInfo(
+        _name,
+        _line,
+        "transfer_sets:load_transfer_set",
+        {"name": _name},
+        f"root= with {_folder}" + ("" if _name == "stanford-cars" else ", or root= and download=True"),
+    )
+    for _name, (_line, _folder) in _TRANSFER.items()
+)
+_ALL_SETS = "root= with the folders of the sets as torchvision has them; download=True gets all but Stanford Cars"
+SCENARIOS += (
+    ScenarioInfo(
+        "x-tail",
+        "X-TAIL, ten image sets with 16 images a class, classified among the classes of all sets",
+        "transfer_streams:x_tail",
+        {},
+        "10 tasks, 1,100 classes; 17,600 training images",
+        _ALL_SETS,
+        modality="image-text",
+    ),
+    ScenarioInfo(
+        "mtil",
+        "MTIL, eleven image sets, classified among the classes of the image's own set",
+        "transfer_streams:mtil",
+        {},
+        "11 tasks, 1,201 classes; all training images, or shots= of each class",
+        _ALL_SETS,
+        modality="image-text",
+    ),
+)
+
+SCENARIOS += (
+    ScenarioInfo(
+        "multilabel-coco",
+        "COCO, several labels an image; B40-C10, with protocol= B0-C10 as well, and year= 2014 or 2017",
+        "multi_label_benchmarks:multilabel_coco",
+        {},
+        "5 tasks, 40 + 4 x 10 classes; trained on the training and tested on the validation images",
+        "root= with annotations/instances_{train,val}2014.json, train2014 and val2014",
+        modality="multi-label",
+    ),
+    ScenarioInfo(
+        "multilabel-voc",
+        "Pascal VOC, several labels an image; B10-C2, with protocol= B4-C2 as well, and year= 2007 or 2012",
+        "multi_label_benchmarks:multilabel_voc",
+        {},
+        "6 tasks, 10 + 5 x 2 classes; 5,011 training and 4,952 test images",
+        "root= with VOCdevkit/VOC2007, or root= and download=True",
+        modality="multi-label",
     ),
 )
 

@@ -191,9 +191,27 @@ class TaskView(Dataset[Any]):
         self.seed = seed
         self.collate = Collate(collate_fn)
         self.unreadable = unreadable
+        self._in_batches = isinstance(source, BatchSource)  # asking a protocol takes longer than reading a sample
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def joined(self, views: Sequence[Any]) -> TaskView | None:
+        """The samples of several views of one data set, numbered through in their order; None where they differ.
+
+        Each sample is what its own view gives, at a cost per batch and not per view.
+        """
+        alike = all(
+            type(v) is TaskView
+            and v.source is self.source
+            and v.labels is self.labels
+            and v.transform is self.transform
+            and v.collate.function is self.collate.function
+            and v.seed[0] == self.seed[0]
+            and v.unreadable == "stop"
+            for v in views
+        )
+        return _JoinedViews(views) if alike and len(views) else None
 
     def __getitem__(self, number: int | list[int]) -> Any:
         if isinstance(number, list):
@@ -203,7 +221,7 @@ class TaskView(Dataset[Any]):
     def __getitems__(self, numbers: Sequence[int]) -> Any:
         """The samples of a batch; ``number = epoch * len(self) + position``."""
         asked = np.asarray(numbers, np.int64)
-        if self.collate.function is None and self.transform is None and isinstance(self.source, BatchSource):
+        if self.collate.function is None and self.transform is None and self._in_batches:
             chosen = self.indices[asked % len(self)]
             return _Stacked((self.source.read_batch(chosen), torch.from_numpy(self.labels[chosen])))
         return self._samples(asked)
@@ -211,7 +229,7 @@ class TaskView(Dataset[Any]):
     def _samples(self, numbers: NDArray[np.int64]) -> list[Any]:
         epochs, positions = np.divmod(numbers, len(self))
         chosen = self.indices[positions]
-        seeds = words(IMAGE, *self.seed, epochs, chosen)
+        seeds = words(IMAGE, self.seed[0], self._task_of(positions), epochs, chosen)
         samples = []
         with ForkedRandomness() as randomness:
             for place, (index, seed) in enumerate(zip(chosen.tolist(), seeds.tolist(), strict=True), 1):
@@ -224,12 +242,15 @@ class TaskView(Dataset[Any]):
                     warnings.warn(f"skipped: {error}", stacklevel=2)
         return samples
 
+    def _task_of(self, positions: NDArray[np.int64]) -> Any:
+        return self.seed[1]
+
     def _label(self, index: int) -> Any:
         return int(self.labels[index])
 
     def _sample(self, index: int) -> Any:
         label = self._label(index)
-        if isinstance(self.source, BatchSource):
+        if self._in_batches:
             item: Any = (self.source.read_batch(np.array([index]))[0], label)
         else:
             item = self._read(index)
@@ -259,3 +280,23 @@ class TaskView(Dataset[Any]):
                 f"sample {index}{where} must be readable, got {type(error).__name__}: {error};"
                 ' repair or remove the file, or pass `unreadable="skip"`'
             ) from error
+
+
+class _JoinedViews(TaskView):
+    """What :meth:`TaskView.joined` gives; a number is a position in all views together."""
+
+    def __init__(self, views: Sequence[TaskView]) -> None:
+        first = views[0]
+        super().__init__(
+            first.source,
+            first.labels,
+            np.concatenate([view.indices for view in views]),
+            first.transform,
+            first.seed,
+            first.collate.function,
+            first.unreadable,
+        )
+        self.tasks = np.repeat([view.seed[1] for view in views], [len(view) for view in views])
+
+    def _task_of(self, positions: NDArray[np.int64]) -> Any:
+        return self.tasks[positions]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -28,7 +29,7 @@ class ImageFiles:
     """
 
     def __init__(
-        self, paths: Sequence[Path], labels: Sequence[int] | NDArray[np.int64], class_names: Sequence[str]
+        self, paths: Sequence[Path | str], labels: Sequence[int] | NDArray[np.int64], class_names: Sequence[str]
     ) -> None:
         if len(paths) != len(labels):
             raise ValueError(f"`labels` must be one for each of the {len(paths)} `paths`, got {len(labels)}")
@@ -47,7 +48,7 @@ class ImageFiles:
     def only(self, keep: NDArray[np.bool_]) -> ImageFiles:
         """The samples where ``keep`` is true."""
         chosen = np.flatnonzero(keep)
-        return ImageFiles([Path(self.samples[i][0]) for i in chosen], self.targets[chosen], self.classes)
+        return ImageFiles([self.samples[i][0] for i in chosen], self.targets[chosen], self.classes)
 
 
 def need(name: str, folder: Path, parts: Iterable[str], how: str) -> None:
@@ -60,7 +61,28 @@ def need(name: str, folder: Path, parts: Iterable[str], how: str) -> None:
         raise FileNotFoundError(f"`root` must be the folder with {name}, got {str(folder)!r}, which is none; {how}")
     missing = [p for p in parts if not (folder / p).exists()]
     if missing:
-        raise FileNotFoundError(f"`root` must hold {', '.join(missing)} of {name}, got {str(folder)!r} without; {how}")
+        raise FileNotFoundError(f"`root` must hold {_some(missing)} of {name}, got {str(folder)!r} without; {how}")
+
+
+def _some(texts: Sequence[str], most: int = 6) -> str:
+    rest = len(texts) - most
+    return ", ".join(texts[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def image_names(folder: Path) -> list[str]:
+    """File names of the images that lie directly in a folder, in alphabetical order."""
+    with os.scandir(folder) as entries:
+        return sorted(e.name for e in entries if os.path.splitext(e.name)[1].lower() in _SUFFIXES)
+
+
+def no_download(name: str, download: bool, how: str) -> None:
+    """Refuse to download a data set that has no checksummed source.
+
+    Raises:
+        ValueError: saying ``how`` to get it.
+    """
+    if download:
+        raise ValueError(f"`download` must be False for {name}, which has no checksummed source; {how}")
 
 
 def class_folders(folder: Path, class_names: Sequence[str] | None = None) -> ImageFiles:

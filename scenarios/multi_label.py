@@ -84,6 +84,20 @@ def check_targets(targets: Any, samples: int, name: str = "targets") -> NDArray[
     return matrix.astype(np.bool_)
 
 
+def label_view(stream: TaskStream, split: MultiLabelSplit, task: int, transform: Transform | None) -> TaskView:
+    """One task's samples with rows of targets; outside the test data the classes of other tasks are hidden."""
+    shown = None if split is stream.test else stream.tasks[task].classes
+    return _View(
+        split.source,
+        _Targets(split.targets, shown),  # type: ignore[arg-type]  # read by index alone
+        split.of(task),
+        transform,
+        (stream.data_seed, task),
+        stream.collate_fn,
+        stream.unreadable,
+    )
+
+
 class MultiLabel(TaskStream):
     """Divides the classes of a multi-label data set among tasks; each task shows the labels of its classes alone.
 
@@ -167,16 +181,7 @@ class MultiLabel(TaskStream):
 
     def _view(self, split: Split, task: int, transform: Transform | None) -> TaskView:
         assert isinstance(split, MultiLabelSplit)
-        shown = None if split is self.test else self.tasks[task].classes
-        return _View(
-            split.source,
-            _Targets(split.targets, shown),  # type: ignore[arg-type]  # read by index alone
-            split.of(task),
-            transform,
-            (self.data_seed, task),
-            self.collate_fn,
-            self.unreadable,
-        )
+        return label_view(self, split, task, transform)
 
 
 class MultiGlyphSource:

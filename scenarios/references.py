@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,8 @@ from numpy.typing import NDArray
 
 from cl_plugins.task import Task
 
-from .data import Split
+from .data import Split, TaskView, Transform
+from .multi_label import MultiLabelSplit, label_view
 from .registry import build_scenario
 from .stream import TaskStream
 
@@ -24,12 +26,25 @@ class _GrowingSplit(Split):
         return [int(n) for n in self.offsets[1:]]
 
 
+class _GrowingLabelSplit(MultiLabelSplit):
+    """The same, with an image once in a task although several tasks of the plain split have it."""
+
+    def of(self, task: int) -> NDArray[np.int64]:
+        return np.unique(self.indices[: self.offsets[task + 1]])
+
+    def sizes(self) -> list[int]:
+        first = np.unique(self.indices, return_index=True)[1]
+        return [int(n) for n in np.searchsorted(np.sort(first), self.offsets[1:])]
+
+
 def _merged(split: Split) -> Split:
     unique = np.unique(split.indices)
-    return Split(split.source, split.labels, unique, np.array([0, len(unique)]))
+    return replace(split, indices=unique, offsets=np.array([0, len(unique)]))
 
 
 def _growing(split: Split) -> Split:
+    if isinstance(split, MultiLabelSplit):
+        return _GrowingLabelSplit(split.source, split.labels, split.indices, split.offsets, split.targets)
     return _GrowingSplit(split.source, split.labels, split.indices, split.offsets)
 
 
@@ -68,7 +83,14 @@ def _as_stream(stream: TaskStream | str) -> TaskStream:
     return built
 
 
-class Joint(TaskStream):
+class _Reference(TaskStream):
+    def _view(self, split: Split, task: int, transform: Transform | None) -> TaskView:
+        if isinstance(split, MultiLabelSplit):
+            return label_view(self, split, task, transform)
+        return super()._view(split, task, transform)
+
+
+class Joint(_Reference):
     """Trains on all tasks at once and evaluates on each: what a stream could reach without forgetting.
 
     WHEN: there is one task to train, with all classes and samples; :attr:`evaluation_tasks` and :meth:`test_loader` are
@@ -105,7 +127,7 @@ class Joint(TaskStream):
         return len(self.evaluation_tasks)
 
 
-class Cumulative(TaskStream):
+class Cumulative(_Reference):
     """Trains every task on its own data and those of all tasks before it: rehearsal without a limit.
 
     WHEN: task k has the classes and samples of tasks 0 to k; it is evaluated as the original stream is.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
@@ -112,14 +113,23 @@ def load_data(name: str, *, root: str | None = None, download: bool = False, **o
         options: of the data set's own function, such as ``size`` of the images.
 
     Raises:
-        ValueError: for an unknown name, with the nearest known one.
+        ValueError: for an unknown name or option, with the nearest known one.
         FileNotFoundError: for data that is not there.
     """
     known = _DATA.get(name) or _DATA.get(_SCENARIOS[name].data if name in _SCENARIOS else "")
     if known is None:
         raise ValueError(f"`data` must be a known data set, got {name!r}{did_you_mean(name, [*_DATA, *_SCENARIOS])}")
     where = {"root": root, "download": download} if known.needs else {}
-    return cast("StreamData", _resolve(known.loader)(**{**where, **known.options, **options}))
+    loader = _resolve(known.loader)
+    parameters = inspect.signature(loader).parameters
+    taken = [key for key, p in parameters.items() if p.kind is not p.VAR_KEYWORD]
+    unknown = next((key for key in options if key not in taken), None) if len(taken) == len(parameters) else None
+    if unknown is not None:
+        raise ValueError(
+            f"`{unknown}` must be an option of {known.name!r}, which takes"
+            f" {', '.join(taken) or 'none'}{did_you_mean(unknown, taken)}"
+        )
+    return cast("StreamData", loader(**{**where, **known.options, **options}))
 
 
 def build_scenario(name: str, **options: Any) -> TaskStream:
@@ -128,6 +138,7 @@ def build_scenario(name: str, **options: Any) -> TaskStream:
     Args:
         name: see :func:`scenario_names`.
         options: of the scenario's class, such as ``n_tasks``, ``order_seed``, ``data_seed``, ``batch_size``, ``root``.
+            ``size`` of the images goes to the data set that the stream is over.
 
     Raises:
         ValueError: for an unknown name, with the nearest known one.
@@ -140,4 +151,7 @@ def build_scenario(name: str, **options: Any) -> TaskStream:
     given = {"name": name, **info.options}
     if "classes" in options:
         given.pop("n_tasks", None)
+    if info.data and "size" in options:
+        size = options.pop("size")
+        options["data_options"] = {"size": size, **(options.get("data_options") or {})}
     return cast("TaskStream", _resolve(info.builder)(**{**given, **options}))

@@ -274,6 +274,16 @@ class TaskStream(LightningDataModule):
         """Test data of :attr:`evaluation_tasks` number ``index``, in a fixed order, each sample in one process."""
         return self._eval_loader(self.test, index)
 
+    def validation_loader(self, index: int) -> StreamLoader:
+        """Validation data of task ``index`` in a fixed order, each sample in one process.
+
+        Raises:
+            ValueError: for a stream without validation data.
+        """
+        if self.validation is None:
+            raise ValueError(f"{self.name!r} has no validation data; build the stream with `validation_fraction`")
+        return self._eval_loader(self.validation, index)
+
     def train_loader_for_features(self, index: int) -> StreamLoader:
         """Training data of task ``index`` in a fixed order, with the transform of the evaluation, nothing dropped."""
         return self._eval_loader(self.train, index)

@@ -373,7 +373,7 @@ def test_two_averages_need_tags_and_their_own_parameters():
     [
         ({"rule": "relased"}, "did you mean 'released'"),
         ({"evaluate": "both"}, "`evaluate` must be 'average' or 'weights', got 'both'"),
-        ({"active": "never"}, "`active` must be 'always', 'after_first' or a function"),
+        ({"active": "never"}, "`active` must be 'always', 'after_first', 'reused' or a function"),
         ({"rule": make_rule(), "kappa": 1.0}, "holds its constants, got kappa beside it"),
         ({"granularity": "layer"}, "`granularity` must be"),
     ],

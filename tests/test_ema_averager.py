@@ -13,6 +13,7 @@ from cl_plugins import tensor_lists
 from cl_plugins.ema import BalancedAverager
 from cl_plugins.ema_log import WeightLog
 from cl_plugins.ema_rules import RULES, Rule, group_ids, make_rule
+from cl_plugins.tensor_lists import l1_change_, l1_distances
 
 
 def _course(steps: int = 12, seed: int = 0) -> tuple[list[list[torch.Tensor]], list[list[torch.Tensor]]]:
@@ -303,3 +304,16 @@ def test_no_synchronization_with_the_host():
             averager.update(on_device[0][step + 1], on_device[1][step])
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # one tensor after the other, and all at once
+def test_sums_of_changes(dtype):
+    g = torch.Generator().manual_seed(5)
+    old = [torch.randn(s, generator=g, dtype=dtype) for s in ((4, 3), (7,), ())]
+    new = [torch.randn(o.shape, generator=g, dtype=dtype) for o in old]
+    pairs = list(zip(old, new, strict=True))
+    expected = [sum(abs(x - y) for x, y in zip(*(t.flatten().tolist() for t in p), strict=True)) for p in pairs]
+    cpu = torch.device("cpu")
+    assert l1_distances(old, new, cpu, dtype).tolist() == pytest.approx(expected, rel=1e-5)
+    assert l1_change_(old, new, cpu, dtype).tolist() == pytest.approx(expected, rel=1e-5)
+    assert all(torch.equal(o, n) for o, n in pairs)

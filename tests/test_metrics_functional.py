@@ -166,6 +166,17 @@ def test_an_extra_evaluation_at_the_end_makes_every_task_old():
     assert F.retention_waterfall(matrix).tolist() == pytest.approx([0.85, -0.1, -0.2])
 
 
+def test_every_row_counts_where_one_set_is_tested():
+    matrix = torch.tensor([[0.2], [math.nan], [0.5], [0.8]])
+    assert F.accuracy_curve(matrix, learned_at=[0]).tolist() == pytest.approx([0.2])
+    assert F.accuracy_curve(matrix, learned_at=[0], every_row=True).tolist() == pytest.approx([0.2, 0.5, 0.8])
+    assert float(F.average_incremental_accuracy(matrix, learned_at=[0], every_row=True)) == pytest.approx(0.5)
+    assert float(F.average_incremental_accuracy(matrix, learned_at=[2], every_row=True)) == pytest.approx(0.65)
+    square = torch.tensor([[0.9, 0.1], [0.7, 0.8]])
+    assert F.average_incremental_accuracy(square, every_row=True) == F.average_incremental_accuracy(square)
+    assert F.accuracy_curve(torch.zeros(0, 2), every_row=True).shape == (0,)
+
+
 def test_a_hole_follows_the_policy():
     matrix = torch.tensor([[0.9, 0.1, 0.1], [NAN, 0.8, 0.1], [0.6, 0.5, 0.7]])
     assert F.forgetting(matrix).isnan()

@@ -7,8 +7,6 @@ import pytest
 from benchmarks.processes import BATCH_STATISTICS, compare, launch, teams
 
 QUICK = ["OVOR and NearestMean", "MoRA", "BalancedEMA", "LeanHierarchicalSideTuning", "RanPAC", "ForgettingDashboard"]
-PENDING = {"SideTuning": "each process distils on its own share of the samples"}
-"""What ends differently on several processes, and why."""
 
 
 def _outcomes(folder, chosen):
@@ -19,14 +17,13 @@ def _outcomes(folder, chosen):
         try:
             found[name] = compare(name, folder / "one", folder / "two")
         except AssertionError as error:
-            if name not in PENDING:
-                wrong.append(str(error))
+            wrong.append(str(error))
     assert not wrong, "\n".join(wrong)
     for name, gap in found.items():
         if isinstance(gap, str):
-            assert name in PENDING or name in BATCH_STATISTICS, f"{name}: {gap}"
+            assert name in BATCH_STATISTICS, f"{name}: {gap}"
         else:
-            assert gap < 1e-9 or name in PENDING, f"{name}: weights differ by {gap}, in double precision"
+            assert gap < 1e-9, f"{name}: weights differ by {gap}, in double precision"
 
 
 @pytest.mark.ddp

@@ -190,8 +190,34 @@ def test_counts_and_task_numbers_in_the_page(tmp_path):
             assert sum(told["waterfall"]) == pytest.approx(accuracy, abs=1e-12)
         for measure, value in told["measures"].items():
             options = {"learned_at": learned_at, "initial": run.initial_accuracy}
-            expected = float(MEASURES[measure].compute(matrix, **options))
+            counted = run.accuracy_matrix_task_known if measure == "average_accuracy_task_known" else matrix
+            expected = float(MEASURES[measure].compute(counted, **options))
             assert value == (None if math.isnan(expected) else expected)
+
+
+@pytest.mark.parametrize("own_labels", [False, True])
+def test_streams_of_domains_show_transfer_average_and_last(tmp_path, own_labels):
+    stream = {"open_vocabulary": True, "task_known": own_labels}
+    with RunWriter(tmp_path, "one") as writer:
+        writer.write("run", stream=stream)
+        writer.write("row", after=-1, correct=[1, 2], total=[10, 10], correct_in_task=[3, 5])
+        writer.write("row", after=0, correct=[7, 3], total=[10, 10], correct_in_task=[8, 6])
+        writer.write("row", after=1, correct=[6, 8], total=[10, 10], correct_in_task=[7, 9])
+    run = read_run(tmp_path / "one")
+    page = Reader(render_report([run]))
+    assert page.tiles["r0", "transfer"] == ("0.600" if own_labels else "0.300")
+    assert page.tiles["r0", "average_all_cells"] == ("0.750" if own_labels else "0.600")
+    assert "average (all cells)" in page.json("page-data")["copies"]["CSV"]
+    assert page.tiles["r0", "average_accuracy"] == "0.700"
+    assert ("r0", "worst_task_accuracy") not in page.tiles
+    assert page.tiles.get(("r0", "average_accuracy_task_known")) == ("0.800" if own_labels else None)
+    assert run.initial_accuracy_task_known.tolist() == [0.3, 0.5]
+    with RunWriter(tmp_path, "plain") as writer:  # evaluated on what was learned alone
+        writer.write("row", after=0, correct=[7], total=[10])
+        writer.write("row", after=1, correct=[6, 8], total=[10, 10])
+    page = Reader(render_report([read_run(tmp_path / "plain")]))
+    assert ("r0", "average_all_cells") not in page.tiles
+    assert "average (all cells)" not in page.json("page-data")["copies"]["CSV"]
 
 
 def test_undefined_is_a_word_with_a_reason_never_zero(tmp_path):

@@ -129,7 +129,7 @@ def test_kill_9_loses_no_event_that_was_written(tmp_path):
             try:
                 writer = RunWriter(tmp_path, f"run{attempt}")
                 for i in range(10**6):
-                    writer.write("mid", step=i, text="x" * (37 * i % 2000))
+                    writer.write("count", step=i, text="x" * (37 * i % 2000))
                     accepted[:8] = (i + 1).to_bytes(8, "little")
             finally:
                 os._exit(0)
@@ -219,7 +219,7 @@ def test_processes_that_start_at_once_get_one_file_each(tmp_path):
             try:
                 with RunWriter(tmp_path, "a") as writer:
                     for i in range(200):
-                        writer.write("mid", step=i, pid=os.getpid())
+                        writer.write("count", step=i, pid=os.getpid())
                     time.sleep(0.05)
                 code = 0
             except RuntimeError:

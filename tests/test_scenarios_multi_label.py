@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from cl_plugins.evaluation import evaluate_tasks
-from cl_plugins.scenarios import MultiLabel, build_scenario
+from cl_plugins.scenarios import Cumulative, Joint, MultiLabel, build_scenario
 from cl_plugins.scenarios.multi_label import MultiGlyphSource
 
 
@@ -93,3 +93,27 @@ def test_faulty_targets_are_refused():
         MultiLabel(good, Data(np.eye(3)), 2)
     with pytest.raises(ValueError, match="at most 4"):
         MultiLabel(good, good, 5)
+
+
+def test_references_show_the_labels_of_all_their_classes_once_an_image():
+    targets = np.random.default_rng(0).random((30, 6)) < 0.4
+    targets[np.arange(6), np.arange(6)] = True
+    stream = MultiLabel(Data(targets), Data(targets), 3, batch_size=64)
+    joint, growing = Joint(stream), Cumulative(stream)
+    inputs, shown = next(iter(joint.train_dataloader()))
+    assert torch.equal(shown, inputs)
+    assert joint.train.sizes() == [int(targets.any(1).sum())]
+    for task in range(3):
+        growing.task = task
+        inputs, shown = next(iter(growing.train_dataloader()))
+        so_far = 2 * (task + 1)
+        assert len(inputs) == targets[:, :so_far].any(1).sum() == growing.train.sizes()[task]
+        assert torch.equal(shown[:, :so_far], inputs[:, :so_far])
+        assert (shown[:, so_far:] == -1).all()
+    for reference in (joint, growing):
+        for task in range(3):
+            inputs, full = next(iter(reference.test_loader(task)))
+            assert torch.equal(full, inputs)
+    row = evaluate_tasks(nn.Identity(), joint, 0)
+    assert row.correct == row.total
+    assert (row.labels.map, row.labels.present) == (1.0, tuple(targets.sum(0)))

@@ -27,7 +27,7 @@ class Plain(PlainModule):
 
 
 name, cache, processes, out = sys.argv[1], sys.argv[2], int(sys.argv[3]), Path(sys.argv[4])
-options = {"lst": {"layers": "none", "init": "magnitude"}, "side-tuning": {"distill_epochs": 0}}.get(name, {})
+options = {"lst": {"layers": "none", "init": "magnitude"}}.get(name, {})
 method = METHODS[name](regime="per_task", **options)
 strategy = DDPStrategy(process_group_backend="gloo", find_unused_parameters=False) if processes == 2 else "auto"
 cached = CacheFeatures(None if cache == "memory" else out / "cache", progress=False)

@@ -19,6 +19,7 @@ from cl_plugins.callbacks import (
 )
 from cl_plugins.decay import exempt_from_decay
 from cl_plugins.heads import HIDDEN_LOGIT
+from cl_plugins.scenarios import build_scenario
 from tests._helpers import PlainModule, tiny_stream, tiny_vit
 from tests._side import METHODS, PYRAMID, images, started, train
 
@@ -117,7 +118,7 @@ def test_batch_statistics_follow_the_regime():
         assert not torch.equal(means[0][0], torch.zeros(16))
 
 
-@pytest.mark.parametrize("routing", ["prototype", "logits", "both"])
+@pytest.mark.parametrize("routing", ["prototype", "logits", "posterior", "both"])
 @pytest.mark.parametrize("regime", ["per_task", "per_task_dense"])
 def test_routing_against_a_written_out_version(routing, regime):
     module = PlainModule(tiny_vit(depth=4))
@@ -157,7 +158,31 @@ def test_routing_against_a_written_out_version(routing, regime):
             torch.testing.assert_close(got, rows.masked_fill(~mask, HIDDEN_LOGIT), rtol=1e-4, atol=1e-5)
         else:
             inside = rows.unflatten(1, (3, 2)).softmax(2) * p_task[:, :, None]
-            torch.testing.assert_close(got, (rows.softmax(1) + inside.flatten(1)).log(), rtol=1e-4, atol=1e-4)
+            joint = rows.softmax(1) if routing == "both" else 0.0
+            torch.testing.assert_close(got, (joint + inside.flatten(1)).log(), rtol=1e-4, atol=1e-4)
+
+
+def test_calibration_softens_and_never_sharpens():
+    bank = started(METHODS["lst"](regime="per_task"), tasks=1).plugins["side"]
+    columns = (bank.owner == 0).nonzero()[:, 0]
+    labels = columns.repeat(50)
+    right = torch.full((len(labels), len(bank.owner)), -5.0)
+    right[torch.arange(len(labels)), labels] = 1.0  # fitted to the last sample: more certainty always costs less
+    bank.calibrate(right, labels)
+    assert bank.temperature[columns].tolist() == [1.0] * len(columns)
+    wrong = right.clone()
+    wrong[::4] = right[::4].roll(1, 1)  # a quarter is certain and wrong
+    wrong[::4, columns] = right[::4][:, columns.flip(0)]
+    bank.calibrate(wrong, labels)
+    assert (bank.temperature[columns] > 2).all()
+
+
+def test_tasks_that_share_classes_are_refused_before_the_first():
+    stream = build_scenario("domain-glyphs", n_classes=2, train_images=2, test_images=1)
+    module = PlainModule(tiny_vit(depth=4))
+    with pytest.raises(ValueError, match=r"must have tasks with classes of their own, got classes \[0, 1\] in several"):
+        METHODS["lst"](regime="per_task").on_stream_start(None, module, stream)
+    METHODS["lst"](regime="shared").on_stream_start(None, module, stream)
 
 
 def test_routing_needs_a_fitted_router():

@@ -59,6 +59,20 @@ def test_settings_are_checked(tmp_path, options, text):
         run_sweep([Job("nearest-mean", "split-digits")], tmp_path, **options)
 
 
+def test_options_of_one_method_and_of_all():
+    options = {"mora.rank": 8, "rank": 4, "lr": 1e-3, "MoRA.top_k": 2}
+    with pytest.raises(ValueError, match=r"--set MoRA\.top_k"):  # a class, which LoRA is not
+        plan(["lora", "mora"], ["split-digits"], 1, options=options)
+    del options["MoRA.top_k"]
+    lora, mora = plan(["lora", "mora"], ["split-digits"], 1, options=options)
+    assert lora.options == {"rank": 4, "lr": 1e-3}
+    assert mora.options == {"rank": 8, "lr": 1e-3}
+    with pytest.raises(ValueError, match=r"`--set ovor.lr` must be for a method of the sweep, got \['lora'\]"):
+        plan(["lora"], ["split-digits"], 1, options={"ovor.lr": 1})
+    with pytest.raises(ValueError, match=r"--set (mora\.)?rnk"):
+        plan(["mora"], ["split-digits"], 1, options={"mora.rnk": 1})
+
+
 def test_a_failure_is_named_and_stops_nothing_and_a_second_start_repeats_nothing(tmp_path):
     good = Job("nearest-mean", "split-digits", device="cpu")
     bad = Job("nearest-mean", "split-cifar10", device="cpu", data={"root": str(tmp_path / "nowhere")})

@@ -43,13 +43,14 @@ class _Watch(pl.Callback):
         self.starts.append(weights_of(pl_module))
 
 
+@pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize("order", [1, -1])
-def test_the_whole_method(order):
+def test_the_whole_method(order, given):
     groups, watch = TaskGroups(InstructionGroups(threshold=0.3)), _Watch()
-    ema = BalancedEMA("fixed", decay=0.5, active=groups.reused)
+    ema = BalancedEMA("fixed", decay=0.5, active=groups.reused if given else "reused")
     module, stream = _module(), _stream()
     trainer = quiet_trainer(max_epochs=12, callbacks=[*[groups, ema][::order], watch])
-    result = fit_stream(trainer, module, stream, predict=groups.routed(stream.predict))
+    result = fit_stream(trainer, module, stream, **{"predict": groups.routed(stream.predict)} if given else {})
     assert [h["group"] for h in groups.groups.history] == [0, 1, 0]
     assert [e["task"] for e in ema.report_events(module)] == [2]  # an average for the reused group alone
     assert result.correct[-1].tolist() == [4, 4, 4]  # nothing is forgotten, since "no" has its own weights
@@ -133,6 +134,21 @@ def test_weights_return_after_an_exception():
         pass
 
 
+def test_a_given_predict_is_left_alone():
+    groups, module, stream = TaskGroups(InstructionGroups(threshold=0.3)), _module(), _stream()
+    trainer = quiet_trainer(max_epochs=12, callbacks=[groups])
+    result = fit_stream(trainer, module, stream, predict=lambda m, batch: stream.predict(m, batch))
+    assert result.correct[1].tolist() == [0, 4, -1]  # the last weights answer, which know "no" alone
+
+
+def test_reused_needs_one_codebook():
+    module = _module()
+    before = weights_of(module)
+    with pytest.raises(ValueError, match="`active` must not be 'reused' without TaskGroups in the Trainer; add it"):
+        fit_stream(quiet_trainer(callbacks=[BalancedEMA(active="reused")]), module, _stream())
+    assert all_equal(before, weights_of(module))
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="`start` must be 'last' or 'fresh', got 'random'"):
         TaskGroups(start="random")
@@ -146,6 +162,10 @@ def test_refusals():
     assert all_equal(before, weights_of(net))
     groups.start_task(net, Task(0, (0,), description=YES))
     groups.end_task(net, Task(0, (0,), description=YES))
+    before = weights_of(net)
+    with pytest.raises(ValueError, match="`task` must have a name of its own, got 'task 0' a second time"):
+        groups.start_task(net, Task(0, (0,), description=YES))
+    assert all_equal(before, weights_of(net))
     with pytest.raises(RuntimeError, match="`weight` must keep its shape"):
         groups.start_task(nn.Linear(3, 2), Task(1, (0,), name="b", description=YES))
     copy.deepcopy(groups.state_dict())

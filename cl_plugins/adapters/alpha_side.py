@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cl_plugins._text import did_you_mean
+from cl_plugins.adapters.strided_conv import StridedConv
 from cl_plugins.taps import SideNetwork, TapRecord
 
 Merge = Literal["alpha", "sum", "product", "film", "mlp"]
@@ -49,7 +50,7 @@ class ConvSide(nn.Module):
         sizes = [channels, width, 2 * width, 4 * width, 4 * width]
         layers: list[nn.Module] = []
         for n_in, n_out in pairwise(sizes):
-            layers += [nn.Conv2d(n_in, n_out, 3, stride=2, padding=1, bias=False), nn.GroupNorm(1, n_out), nn.ReLU()]
+            layers += [StridedConv(n_in, n_out, bias=False), nn.GroupNorm(1, n_out), nn.ReLU()]
         self.layers = nn.Sequential(*layers)
         self.out = nn.Linear(sizes[-1], features)
 

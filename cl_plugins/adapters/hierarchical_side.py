@@ -27,6 +27,7 @@ from timm.models._features import FeatureInfo
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cl_plugins.adapters.strided_conv import StridedConv
 from cl_plugins.backbones import find_backbone
 from cl_plugins.taps import BackboneTaps, SideNetwork, TapRecord, TokenLayout, patch_grid, token_layout
 
@@ -95,7 +96,7 @@ class Stem(nn.Module):
     def __init__(self, channels: int, dim: int) -> None:
         super().__init__()
         self.conv = nn.Sequential(
-            nn.Conv2d(channels, dim, 3, stride=2, padding=1, bias=False),
+            StridedConv(channels, dim, bias=False),
             nn.BatchNorm2d(dim),
             nn.ReLU(),
             nn.Conv2d(dim, dim, 2, stride=2),
@@ -113,7 +114,7 @@ class Downsample(nn.Module):
 
     def __init__(self, dim_in: int, dim: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(dim_in, dim, 3, stride=2, padding=1)
+        self.proj = StridedConv(dim_in, dim)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:

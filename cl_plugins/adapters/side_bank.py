@@ -11,7 +11,8 @@ task's rows of the classifier are applied to its own side network's feature, and
 
     prototype   the task with the largest p(t | f_b) answers alone (cl_plugins.side_routing)
     logits      all side networks answer; a task's logits are divided by its temperature
-    both        mean of two posteriors: softmax(logits), and p(t | f_b) softmax(logits within t)
+    posterior   p(t | f_b) softmax(logits within t), the chain rule: only logits of one task are compared
+    both        mean of two posteriors: softmax(logits), and that of "posterior"
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from cl_plugins.side_routing import TaskRouter
 from cl_plugins.taps import BackboneTaps, SideNetwork, TapRecord, project
 
 Regime = Literal["shared", "first_session", "per_task", "per_task_dense"]
-Routing = Literal["prototype", "logits", "both"]
+Routing = Literal["prototype", "logits", "posterior", "both"]
 
 
 def check_choice(name: str, value: str, known: Sequence[str]) -> None:
@@ -250,12 +251,13 @@ class SideBank(nn.Module):
             logits[:, columns] = rows.to(logits.dtype)
         if log_p is None:
             return features[-1], logits
-        joint = logits.log_softmax(1)
         routed = torch.full_like(logits, HIDDEN_LOGIT)
         for task in range(n):
             columns = (self.owner == task).nonzero()[:, 0]
             routed[:, columns] = log_p[:, task, None].to(logits.dtype) + logits[:, columns].log_softmax(1)
-        return features[-1], torch.logaddexp(joint, routed).clamp_min(HIDDEN_LOGIT)
+        if self.routing == "both":
+            routed = torch.logaddexp(logits.log_softmax(1), routed)
+        return features[-1], routed.clamp_min(HIDDEN_LOGIT)
 
     def _answer_by_one(self, record: TapRecord, base: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Each sample runs through its own task's side network alone."""
@@ -274,7 +276,10 @@ class SideBank(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, logits: Tensor, labels: Tensor) -> None:
-        """Fit the newest task's temperature: the one with the least cross-entropy on samples of it.
+        """Fit the newest task's temperature, from 1 to 10: the one with the least cross-entropy on samples of it.
+
+        Below 1 it would sharpen: training samples are fitted already, so they always ask for that, and the task that
+        fits its own best would then answer for all the others.
 
         Args:
             logits: of the classifier with the newest side network ``(samples, classes)``, not calibrated.
@@ -282,7 +287,7 @@ class SideBank(nn.Module):
         """
         columns = (self.owner == len(self.sides) - 1).nonzero()[:, 0]
         targets = (labels[:, None] == columns).int().argmax(1)
-        grid = torch.logspace(-1, 1, 41, device=logits.device)
+        grid = torch.logspace(0, 1, 41, device=logits.device)
         losses = torch.stack([F.cross_entropy(logits[:, columns].float() / t, targets) for t in grid])
         self.temperature[columns] = grid[losses.argmin()].to(self.temperature.dtype)
 

@@ -2,5 +2,5 @@
 
 from __future__ import annotations
 
-NAMES = ("run", "sweep", "list", "report", "serve", "compare", "check")
+NAMES = ("run", "sweep", "list", "show", "report", "serve", "compare", "check")
 """In the order in which ``cl-bench --help`` shows them."""

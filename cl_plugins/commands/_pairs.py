@@ -32,3 +32,18 @@ def pairs(texts: Any, flag: str) -> dict[str, Any]:
     if texts is not None and not isinstance(texts, list):
         raise ValueError(f"`{flag}` must be a list of KEY=VALUE, got {texts!r}")
     return dict(pair(text) for text in texts or [])
+
+
+def with_root(scenario: str, data: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a scenario, with ``root`` from ``CL_DATA`` where it is needed, not given and found there."""
+    import importlib
+
+    scenarios = importlib.import_module("cl_plugins.scenarios")
+    presence = importlib.import_module("cl_plugins.scenarios.presence")
+    folder = presence.data_folder()
+    if "root" in data or folder is None or scenario not in scenarios.scenario_names():
+        return data
+    info = scenarios.scenario_info(scenario)
+    if not info.needs:
+        return data
+    return {**data, "root": str(presence.find_root(info, folder) or folder)}

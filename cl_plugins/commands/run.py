@@ -7,7 +7,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from cl_plugins.commands._pairs import pairs
+from cl_plugins.commands._pairs import pairs, with_root
 
 HELP = "train a method on a scenario"
 
@@ -25,11 +25,23 @@ def parser() -> ArgumentParser:
     parser.add_argument("--out", type=str | None, default=None, help="run folder; runs/<method>_<scenario>_seed<seed>")
     parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="a setting of the recipe or its callbacks")
     parser.add_argument(
-        "--data", action="append", metavar="KEY=VALUE", help="an argument of the scenario, such as root=DIR"
+        "--data",
+        action="append",
+        metavar="KEY=VALUE",
+        help="an argument of the scenario; root=DIR, else CL_DATA",
     )
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder where it was stopped")
     parser.add_argument("--save-every-steps", type=int | None, default=None, help="save inside tasks, too")
     parser.add_argument("--save-every-minutes", type=float | None, default=None, help="save inside tasks, too")
+    parser.add_argument(
+        "--eval-every", type=int | None, default=None, help="evaluate inside tasks, too, after so many optimizer steps"
+    )
+    parser.add_argument(
+        "--eval-tasks", type=int | None, default=None, help="with --eval-every: draw so many old tasks, instead of all"
+    )
+    parser.add_argument(
+        "--eval-samples", type=int | None, default=None, help="with --eval-every: at most so many samples of a task"
+    )
     parser.add_argument("--keep-checkpoints", action="store_true", help="leave both when the run is finished, not one")
     parser.add_argument("--adapters", action="store_true", help="also write checkpoints/adapters.safetensors")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -51,11 +63,14 @@ def execute(arguments: Any) -> int:
         device=arguments.device,
         out=folder,
         options=options,
-        data=data,
+        data=with_root(arguments.scenario, data),
         progress=not arguments.quiet,
         resume=arguments.resume,
         save_every_steps=arguments.save_every_steps,
         save_every_minutes=arguments.save_every_minutes,
+        eval_every=arguments.eval_every,
+        eval_tasks=arguments.eval_tasks,
+        eval_samples=arguments.eval_samples,
         keep_checkpoints=arguments.keep_checkpoints,
         adapters=arguments.adapters,
     )

@@ -30,7 +30,7 @@ def parser() -> ArgumentParser:
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--engine", type=str, default="local", help="local, or ray")
     parser.add_argument("--address", type=str | None, default=None, help="of the Ray cluster; starts one when left out")
-    parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="a setting of all the recipes")
+    parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="of all methods, or METHOD.KEY=VALUE")
     parser.add_argument("--data", action="append", metavar="KEY=VALUE", help="an argument of all the scenarios")
     return parser
 

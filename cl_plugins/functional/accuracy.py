@@ -92,6 +92,13 @@ def average_accuracy(
     return row_accuracy(read_matrix(matrix, learned_at, initial, nan_policy, n_test), -1, average)
 
 
+def _counted_rows(table: Table, every_row: bool) -> Tensor:
+    """The boundaries, or all rows from the first of them on."""
+    if not every_row or not len(table.boundaries):
+        return table.boundaries
+    return torch.arange(int(table.boundaries[0]), table.rows, device=table.cells.device)
+
+
 def accuracy_curve(
     matrix: Tensor,
     *,
@@ -100,15 +107,19 @@ def accuracy_curve(
     average: Average = "macro",
     n_test: Tensor | None = None,
     nan_policy: NanPolicy = "propagate",
+    every_row: bool = False,
 ) -> Tensor:
     """Average accuracy at each boundary ``(..., boundaries)``. Arguments as for :func:`average_accuracy`.
+
+    With ``every_row`` rows from the first boundary on count even when nothing was learned at them, as in streams that
+    are tested on one set after each task.
 
     Example:
         >>> accuracy_curve(torch.tensor([[0.9, 0.3], [0.7, 0.8]]))
         tensor([0.9000, 0.7500], dtype=torch.float64)
     """
     table = read_matrix(matrix, learned_at, initial, nan_policy, n_test)
-    return _row_means(table, table.boundaries, average)
+    return _row_means(table, _counted_rows(table, every_row), average)
 
 
 def average_incremental_accuracy(
@@ -119,19 +130,20 @@ def average_incremental_accuracy(
     average: Average = "macro",
     n_test: Tensor | None = None,
     nan_policy: NanPolicy = "propagate",
+    every_row: bool = False,
 ) -> Tensor:
     """Mean over boundaries of the average accuracy there, in [0, 1], higher is better.
 
     Arguments as for :func:`average_accuracy`. The class-incremental literature mostly uses ``average="micro"``; the two
-    agree when every task has equally many test samples.
+    agree when every task has equally many test samples. ``every_row`` as for :func:`accuracy_curve`.
 
     Example:
         >>> average_incremental_accuracy(torch.tensor([[0.9, 0.3], [0.7, 0.8]]))
         tensor(0.8250, dtype=torch.float64)
     """
     table = read_matrix(matrix, learned_at, initial, nan_policy, n_test)
-    curve = _row_means(table, table.boundaries, average)
-    return table.mean(curve, torch.ones_like(table.boundaries, dtype=torch.bool))
+    rows = _counted_rows(table, every_row)
+    return table.mean(_row_means(table, rows, average), torch.ones_like(rows, dtype=torch.bool))
 
 
 def accuracy_over_time(

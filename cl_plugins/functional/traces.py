@@ -195,6 +195,45 @@ def stability_gap(trace: Tensor, switch: int, horizon: int | None = None) -> Gap
     return Gap(depth, (switch + 1 + low).to(start.dtype), steps, start - after[usable[-1]])
 
 
+def stability_gaps(matrix: Tensor, learned_at: LearnedAt = None) -> tuple[Gap, list[int]]:
+    """The gaps of all old tasks after every switch, each followed until the next switch.
+
+    Args:
+        matrix: traces ``(evaluations, tasks)`` in [0, 1]; evaluations that are NaN are skipped.
+        learned_at: row at which each task ended, None or -1 for never; None for column j at row j.
+
+    Returns:
+        A :class:`Gap` of ``(switches, tasks)`` float64, NaN for tasks that are not old at a switch and where
+        nothing was measured; and the rows of the switches.
+
+    Example:
+        >>> gaps, switches = stability_gaps(torch.tensor([[0.9, 0.0], [0.5, 0.4], [0.8, 0.7]]), learned_at=[0, 2])
+        >>> switches, [round(float(value[0, 0]), 2) for value in gaps]
+        ([0], [0.4, 1.0, nan, 0.1])
+    """
+    cells = as_double(matrix)
+    rows, width = cells.shape
+    given = list(range(width)) if learned_at is None else [-1 if s is None else int(s) for s in learned_at]
+    ends = torch.tensor([rows if end < 0 else end for end in given], dtype=torch.int64, device=cells.device)
+    stops = sorted({end for end in ends.tolist() if end < rows - 1})
+    parts = []
+    for stop, last in zip(stops, [*stops[1:], rows - 1][: len(stops)], strict=True):
+        start, after = cells[stop], cells[stop + 1 : last + 1]
+        place = torch.arange(len(after), device=cells.device)[:, None]
+        measured = ~after.isnan()
+        low = after.nan_to_num(nan=torch.inf).argmin(0)
+        depth = start - after.gather(0, low[None])[0]
+        back = (after >= start) & (place >= low)
+        steps = torch.where(back.any(0), back.int().argmax(0) + 1.0, torch.nan)
+        steps = torch.where(depth <= 0, 0.0, steps)
+        final = after.gather(0, torch.where(measured, place, -1).amax(0).clamp_min(0)[None])[0]
+        undefined = (ends > stop) | start.isnan() | ~measured.any(0)
+        values = (depth, (stop + 1 + low).double(), steps, start - final)
+        parts.append(torch.stack([torch.where(undefined, torch.nan, value) for value in values]))
+    table = torch.stack(parts, 1) if parts else cells.new_zeros(4, 0, width)
+    return Gap(*table), stops
+
+
 def anytime_accuracy(
     accuracy: Tensor,
     samples_seen: Tensor | None = None,

@@ -124,6 +124,31 @@ class MatrixState(RestoredMetric):
         self._computed = None
         self._update_count += 1
 
+    def update_rows(self, correct: Tensor, total: Tensor) -> None:
+        """Write all rows at once, in place of what was there.
+
+        Args:
+            correct: correct predictions ``(rows, tasks)`` int64.
+            total: samples, likewise; 0 where not measured.
+
+        Raises:
+            ValueError: for counts outside 0 to their totals, or of another shape.
+        """
+        if correct.shape != total.shape or correct.ndim != 2:
+            raise ValueError(f"`correct` and `total` must be one matrix each, got {correct.shape} and {total.shape}")
+        if bool(((correct > total) | (correct < 0)).any()):
+            raise ValueError("`correct` must lie between 0 and `total` in every cell")
+        rows, columns = correct.shape
+        if rows and columns:
+            self._grow(rows - 1, columns - 1)
+        for name, table in (("correct", correct), ("total", total)):
+            state: Tensor = getattr(self, name)
+            state.zero_()
+            state[1 : rows + 1, :columns] = table.to(state)
+        self.open_row.zero_()
+        self._computed = None
+        self._update_count += 1
+
     def finish_row(self) -> None:
         """Declare the row being filled complete, so that ``reset`` keeps it."""
         self.open_row.zero_()

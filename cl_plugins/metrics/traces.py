@@ -99,8 +99,10 @@ class WindowedPlasticity(_Windowed):
 class StabilityGap(_TraceMetric):
     """Dip of finished tasks after each switch to another task, averaged over tasks and switches, as a dictionary.
 
-    ``stability_gap[depth]`` and ``stability_gap[residual]`` are means over all dips, ``stability_gap[recovered]`` the
-    share of dips that came back before the next switch, ``stability_gap[recovery_steps]`` the evaluations that took.
+    ``stability_gap[depth]`` and ``stability_gap[residual]`` are means over all old tasks and switches. Where accuracy
+    fell, ``stability_gap[recovered]`` is the share that came back before the next switch and
+    ``stability_gap[recovery_steps]`` the evaluations that took; a task that did not fall, as one that stays at zero, is
+    in neither.
     Arguments as for :class:`MinAccuracy`.
     """
 
@@ -110,22 +112,16 @@ class StabilityGap(_TraceMetric):
     needs = frozenset({"old"})
 
     def _value(self, matrix: Tensor, common: dict[str, Any]) -> dict[str, Tensor]:
-        rows = len(matrix)
-        learned = [rows if step is None or step < 0 else step for step in common["learned_at"]]
-        stops = sorted({step for step in learned if step < rows})
-        gaps = [
-            functional.stability_gap(matrix[:, j], stop, after - stop)
-            for stop, after in zip(stops, [*stops[1:], rows - 1], strict=True)
-            for j, end in enumerate(learned)
-            if end <= stop < after
-        ]
-        table = torch.stack([torch.stack(gap) for gap in gaps]) if gaps else matrix.new_full((1, 4), torch.nan)
-        defined = table[~table[:, 0].isnan()] if self.nan_policy == "omit" else table
-        depth, _, steps, residual = defined.mT
+        learned_at = common["learned_at"]
+        (depth, _, steps, residual), stops = functional.stability_gaps(matrix, learned_at)
+        ends = torch.tensor([len(matrix) if end is None or end < 0 else end for end in learned_at])
+        old = ends <= torch.tensor(stops, dtype=torch.int64)[:, None]
+        keep = old.to(depth.device) & (~depth.isnan() if self.nan_policy == "omit" else True)
+        depth, steps, residual = depth[keep], steps[keep], residual[keep]
         values = {
             "depth": depth.mean(),
-            "recovered": torch.where(depth.isnan(), torch.nan, (~steps.isnan()).double()).mean(),
-            "recovery_steps": steps.nanmean(),
+            "recovered": torch.where(depth.isnan(), torch.nan, (~steps.isnan()).double())[~(depth <= 0)].mean(),
+            "recovery_steps": steps[depth > 0].nanmean(),
             "residual": residual.mean(),
         }
         return {self.key.replace(self.name, f"{self.name}[{part}]", 1): value for part, value in values.items()}

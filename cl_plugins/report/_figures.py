@@ -290,16 +290,19 @@ def _panel(index: int) -> Any:
     return plot
 
 
-def build_figures(panels: int, confusion: bool, transfer: bool = False) -> list[Any]:
+def build_figures(panels: int, confusion: bool, transfer: bool = False, inside: bool = False) -> list[Any]:
     """Every chart of the page.
 
     Args:
         panels: number of charts for what the methods report.
         confusion: whether any run recorded which tasks its predictions fell into.
         transfer: whether any run measured a task before it was learned.
+        inside: whether any run was evaluated inside its tasks.
     """
+    from ._inside import inside_figure  # it builds on the parts above
+
     plots = [_matrix("matrix", 520, "evaluated on task", "after task"), _retention(), _waterfall(), _plane(), _cost()]
-    plots += [_stream(), _orders(), *([_transfer()] if transfer else [])]
+    plots += [_stream(), _orders(), *([_transfer()] if transfer else []), *([inside_figure()] if inside else [])]
     plots += [_bars("seconds", "seconds"), _bars("parameters", "parameters"), _bars("memory", "MiB")]
     if confusion:
         plots += [_matrix("confusion", 430, "predicted task", "true task"), _recency()]
@@ -307,9 +310,9 @@ def build_figures(panels: int, confusion: bool, transfer: bool = False) -> list[
 
 
 @lru_cache(maxsize=8)
-def figures_json(panels: int, confusion: bool, transfer: bool = False) -> str:
+def figures_json(panels: int, confusion: bool, transfer: bool = False, inside: bool = False) -> str:
     """The charts of a page as embedded JSON, ready for a script element; they are the same for all runs."""
-    documents, items = serialize(build_figures(panels, confusion, transfer))
+    documents, items = serialize(build_figures(panels, confusion, transfer, inside))
     return embedded_json({"documents": documents, "items": items})
 
 

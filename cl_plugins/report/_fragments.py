@@ -12,12 +12,12 @@ from cl_plugins.runs import Run
 from cl_plugins.stats import variance_parts
 
 from ._numbers import (
-    HEADLINE,
     MEASURES,
     UNDEFINED,
     Group,
     class_order,
     cost_of,
+    headline,
     number,
     quantity,
     steps_of,
@@ -53,13 +53,16 @@ def _tile(measure: str, shown: str, note: str) -> str:
     )
 
 
-def tiles(groups: Sequence[Group], values: Sequence[dict[str, float]], selections: Sequence[str]) -> str:
+def tiles(
+    runs: Sequence[Run], groups: Sequence[Group], values: Sequence[dict[str, float]], selections: Sequence[str]
+) -> str:
     """The headline numbers of every selectable run and method; the script shows one set at a time."""
     sets: list[str] = []
     for selection in selections:
         index = int(selection[1:])
         entries = []
-        for measure in HEADLINE:
+        shown = [runs[index]] if selection[0] == "r" else [runs[i] for i in groups[index].members]
+        for measure in headline(shown):
             better = f"{MEASURES[measure].better} is better"
             if selection[0] == "r":
                 entries.append(_tile(measure, number(values[index][measure]), better))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from cl_plugins import functional
@@ -27,6 +29,11 @@ class Measure(NamedTuple):
     compute: Callable[..., Tensor]
 
 
+def _average_all_cells(matrix: Tensor, **options: Any) -> Tensor:
+    scores = functional.mtil_scores(matrix, **options)
+    return torch.where(scores["transfer"].isnan(), torch.nan, scores["average"])  # a joint run has no such average
+
+
 MEASURES: dict[str, Measure] = {
     "average_accuracy": Measure(
         "average accuracy (last row)",
@@ -40,7 +47,7 @@ MEASURES: dict[str, Measure] = {
         "higher",
         "mean over the evaluations after each task of the average accuracy at that time",
         "nothing was evaluated, or a learned task was not",
-        functional.average_incremental_accuracy,
+        partial(functional.average_incremental_accuracy, every_row=True),
     ),
     "forgetting": Measure(
         "forgetting (peak since learned)",
@@ -94,8 +101,37 @@ MEASURES: dict[str, Measure] = {
         "a task was not evaluated before it was learned",
         functional.transfer_accuracy,
     ),
+    "average_all_cells": Measure(
+        "average (all cells)",
+        "higher",
+        "mean of all cells of the matrix, tasks not learned yet included; the evaluation before any training is not in"
+        " it",
+        "a task was not evaluated before it was learned",
+        _average_all_cells,
+    ),
+    "average_accuracy_task_known": Measure(
+        "average accuracy (task known)",
+        "higher",
+        "average accuracy when the choice is among the classes of the image's own task",
+        "nothing was evaluated, or a learned task was not",
+        functional.average_accuracy,
+    ),
 }
 HEADLINE = (*list(MEASURES)[:5], "worst_task_accuracy")
+_DOMAINS = ("average_accuracy", "transfer", "average_all_cells", "forgetting", "learning_accuracy")
+_TASK_KNOWN = ("average_accuracy_task_known",)
+
+
+def _says(run: Run, name: str) -> bool:
+    stream = run.meta.get("stream")
+    return isinstance(stream, Mapping) and stream.get(name) is True
+
+
+def headline(runs: Sequence[Run]) -> tuple[str, ...]:
+    """Measures that stand at the top: multi-domain streams have Transfer and Average, others the worst task."""
+    of_domains = bool(runs) and all(_says(run, "open_vocabulary") for run in runs)
+    known = bool(runs) and all(_says(run, "task_known") for run in runs)
+    return (_TASK_KNOWN if known else ()) + (_DOMAINS if of_domains else HEADLINE)
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -129,11 +165,21 @@ def learned_rows(run: Run) -> list[int | None] | None:
 
 
 def measures_of(run: Run) -> dict[str, float]:
-    """Every measure of a run; NaN where it is undefined."""
-    matrix, initial = run.accuracy_matrix, run.initial_accuracy
-    if matrix.shape[0] == 0:
+    """Every measure of a run; NaN where it is undefined.
+
+    Streams of domains with label sets of their own (MTIL) choose among the task's own classes for Transfer and Average.
+    """
+    if run.accuracy_matrix.shape[0] == 0:
         return dict.fromkeys(MEASURES, math.nan)
-    return {k: float(m.compute(matrix, learned_at=learned_rows(run), initial=initial)) for k, m in MEASURES.items()}
+    plain = run.accuracy_matrix, run.initial_accuracy
+    known = run.accuracy_matrix_task_known, run.initial_accuracy_task_known
+    own_labels = _says(run, "open_vocabulary") and _says(run, "task_known")
+    values = {}
+    for name, measure in MEASURES.items():
+        in_task = name in _TASK_KNOWN or (own_labels and name in ("transfer", "average_all_cells"))
+        matrix, initial = known if in_task else plain
+        values[name] = float(measure.compute(matrix, learned_at=learned_rows(run), initial=initial))
+    return values
 
 
 @dataclass
@@ -165,9 +211,13 @@ def task_numbers(run: Run) -> TaskNumbers:
     stops = sorted({step for step in at if step is not None})
     waterfall = functional.retention_waterfall(matrix, learned_at=learned_at).tolist()
     extra = [rows - 1] if stops and stops[-1] != rows - 1 else []
-    curve = functional.accuracy_curve(matrix, learned_at=learned_at).tolist()
+    curve = functional.accuracy_curve(matrix, learned_at=learned_at, every_row=True).tolist()
+    measured = (~matrix.isnan()).any(1).nonzero()[:, 0].tolist()
+    curve_rows = sorted({*stops, *(row for row in measured if stops and row > stops[0])})
     before = [_mean_before(matrix[:, j], step) for j, step in enumerate(at)]
-    return TaskNumbers(learned, final, forgotten, waterfall, (stops + extra)[1:], curve, stops, before, _initial(run))
+    return TaskNumbers(
+        learned, final, forgotten, waterfall, (stops + extra)[1:], curve, curve_rows, before, _initial(run)
+    )
 
 
 def _initial(run: Run) -> list[float]:

@@ -17,6 +17,7 @@ import torch
 from cl_plugins import functional
 from cl_plugins.runs import Counts, Run
 
+from ._inside import inside_payload
 from ._numbers import Group, TaskNumbers, band_of, class_order, steps_of, task_numbers
 
 _MOST_POINTS = 400
@@ -207,6 +208,7 @@ def payload(
                 "order": orders[index],
                 **_numbers(numbers[index]),
                 "cost": _cost(run),
+                "inside": inside_payload(run, len(runs)),
                 "panels": _panels(run)[:_MOST_PANELS],
                 "confusions": _confusions(run),
                 "alerts": [

@@ -20,8 +20,9 @@ COLUMNS = (
     "backward_transfer",
     "forward_transfer",
     "transfer",
+    "average_all_cells",
 )
-OPTIONAL = ("forward_transfer", "transfer")
+OPTIONAL = ("forward_transfer", "transfer", "average_all_cells")
 """Left out where no run has them, as in streams that are evaluated on learned tasks alone."""
 _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
     "~": r"\textasciitilde{}",

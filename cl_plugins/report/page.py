@@ -24,7 +24,7 @@ from ._payload import payload
 from ._table import as_csv, as_latex, as_markdown, table_lines
 from ._text import embedded_json, text
 
-_SCRIPTS = ("core.js", "charts.js", "compare.js", "methods.js", "main.js")
+_SCRIPTS = ("core.js", "charts.js", "compare.js", "methods.js", "inside.js", "main.js")
 _LIVE = "live.js"
 _PANEL = (
     '<figure id="box-panel{0}"><figcaption></figcaption><div class="plot" id="plot-panel{0}" tabindex="0"></div>'
@@ -77,10 +77,11 @@ def report_content(runs: Sequence[Run], title: str | None = None) -> dict[str, A
         "panels": max(len(run["panels"]) for run in data["runs"]),
         "confusion": any(run["confusions"] for run in data["runs"]),
         "transfer": any(run["before"] or run["initial"] for run in data["runs"]),
+        "inside": any(run["inside"] for run in data["runs"]),
         "orders": any(run["order"] for run in data["runs"]),
         "html": {
             "heading": f"<bdi>{text(heading)}</bdi>",
-            "tiles": fragments.tiles(groups, values, selections),
+            "tiles": fragments.tiles(runs, groups, values, selections),
             "notices": fragments.notices(runs, groups, labels),
             "table": fragments.table(lines),
             "orders": fragments.orders(runs, groups, values),
@@ -119,10 +120,11 @@ def render_report(runs: Sequence[Run], title: str | None = None, *, live: bool =
         "panels": "".join(_PANEL.format(i) for i in range(panels)),
         "confusion": "" if confusion else " hidden",
         "has_transfer": "" if transfer else " hidden",
+        "has_inside": "" if content["inside"] else " hidden",
         "has_orders": "" if content["orders"] else " hidden",
         "stream_width": "7" if content["orders"] else "12",
         "has_panels": "" if panels else " hidden",
-        "documents": figures_json(panels, confusion, transfer),
+        "documents": figures_json(panels, confusion, transfer, content["inside"]),
         "data": embedded_json(content["data"]),
         "bokeh": scripts[0],
         "script": scripts[1],

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cl_plugins.backbones import create_backbone
 from cl_plugins.recipes import Recipe
-from cl_plugins.workloads.image import ImageClassifier
+from cl_plugins.workloads.image import ImageClassifier, check_image_size
 from cl_plugins.workloads.multi_label import MultiLabelClassifier
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ def build_module(recipe: Recipe, stream: Any) -> pl.LightningModule:
     """The module that a recipe trains on a stream.
 
     Raises:
-        ValueError: for a stream whose samples no module here takes, or that the method cannot work on.
+        ValueError: for a stream whose samples no module here takes, or that the method cannot work on, and for images
+            of another size than the backbone takes.
     """
     modality = getattr(stream, "modality", "image")
     reason = unfit(recipe, modality)
@@ -35,10 +36,10 @@ def build_module(recipe: Recipe, stream: Any) -> pl.LightningModule:
         from cl_plugins.workloads.vision_language import build_vision_language
 
         return build_vision_language(recipe, stream)
-    if modality == "multi-label":
-        return MultiLabelClassifier(create_backbone(recipe.backbone, stream.n_classes, recipe.pretrained), recipe)
-    if modality == "image":
-        return ImageClassifier(create_backbone(recipe.backbone, stream.n_classes, recipe.pretrained), recipe)
+    if modality in ("image", "multi-label"):
+        backbone = create_backbone(recipe.backbone, stream.n_classes, recipe.pretrained)
+        check_image_size(backbone, stream)
+        return (ImageClassifier if modality == "image" else MultiLabelClassifier)(backbone, recipe)
     if modality == "text":
         from cl_plugins.workloads.language import build_language
 

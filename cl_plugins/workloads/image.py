@@ -12,6 +12,30 @@ from cl_plugins.recipes import Recipe
 from cl_plugins.workloads.optimizers import configure_optimizers
 
 
+def check_image_size(model: nn.Module, stream: Any) -> None:
+    """Refuse images of another size than the backbone takes, before training.
+
+    Args:
+        model: of timm; others are not checked.
+        stream: of images; its first test image is read.
+
+    Raises:
+        ValueError: saying both sizes and how to change that of the images.
+    """
+    embed = getattr(model, "patch_embed", None)
+    if not getattr(embed, "strict_img_size", False) or getattr(stream, "unreadable", "stop") == "skip":
+        return
+    wanted = tuple(int(n) for n in embed.img_size)  # type: ignore[union-attr]
+    image = stream.test_loader(0).dataset[0][0]
+    got = tuple(int(n) for n in image.shape[-2:])
+    if got != wanted:
+        raise ValueError(
+            f"`size` of the images must be that of the backbone, {wanted[0]} x {wanted[1]}, got {got[0]} x {got[1]} of"
+            f" {stream.name!r}; give --data size={wanted[0]} to cl-bench, or size={wanted[0]} to build_scenario, or"
+            " choose another backbone"
+        )
+
+
 class ImageClassifier(pl.LightningModule):
     """A plain classifier, as any user would write it; it knows nothing of tasks.
 

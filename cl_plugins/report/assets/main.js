@@ -143,7 +143,7 @@ function wire() {
   for (const button of document.querySelectorAll("[data-copy]")) button.addEventListener("click", () => copy(button.dataset.copy));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { theme(); draw(); });
   let resize = 0;
-  addEventListener("resize", () => { clearTimeout(resize); resize = setTimeout(() => { matrix.draw(); waterfall.draw(); mark(); }, 200); });
+  addEventListener("resize", () => { clearTimeout(resize); resize = setTimeout(() => { matrix.draw(); waterfall.draw(); charts.inside?.draw(); mark(); }, 200); });
 }
 
 async function copy(kind) {
@@ -178,6 +178,7 @@ async function start() {
   cividis = Array.from(part(plots.matrix, "cells").glyph.color_mapper.palette, hex);
   if (plots.confusion) Object.assign(charts, { confusion, recency });
   if (plots.transfer) charts.transfer = transfer;
+  if (plots.inside) charts.inside = inside;
   for (let k = 0; plots[`panel${k}`]; k++) charts[`panel${k}`] = panel(k);
   if (view().tasks > MOST_LINES) byId("axis").value = state.axis = "age";
   choices();

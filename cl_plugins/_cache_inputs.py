@@ -1,0 +1,42 @@
+"""What a feature cache is filled from: a loader's samples in order, and a digest that tells other ones."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from cl_plugins.evaluation import split_batch
+from cl_plugins.feature_cache import tensor_digest
+
+_PROBE = 8
+
+
+def in_order(images: DataLoader[Any], view: int, limit: int | None = None) -> DataLoader[Any]:
+    """All samples of a loader's data in order, as the epoch ``view`` sees them."""
+    n = len(images.dataset)  # type: ignore[arg-type]
+    size = images.batch_size or 64
+    starts = range(0, n if limit is None else min(limit, n), size if limit is None else limit)
+    batches = [[view * n + p for p in range(s, min(s + (limit or size), n))] for s in starts]
+    workers = 0 if limit is not None else images.num_workers
+    collate = partial(_collated, images.dataset) if images.batch_size is None else images.collate_fn
+    generator = torch.Generator().manual_seed(0)  # worker seeds would be drawn from the global one
+    return DataLoader(
+        images.dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate, generator=generator
+    )
+
+
+def _collated(dataset: Any, samples: Any) -> Any:
+    return dataset.collate(samples)
+
+
+def fingerprint(images: DataLoader[Any], view: int) -> str:
+    """Digest of the first inputs and of the number of samples: tells another transform, order or data set."""
+    inputs, labels = split_batch(next(iter(in_order(images, view, limit=_PROBE))))
+    n = torch.tensor(len(images.dataset))  # type: ignore[arg-type]
+    named = inputs if isinstance(inputs, dict) else {"inputs": inputs}
+    tensors = [(k, v) for k, v in sorted(named.items()) if isinstance(v, Tensor)]
+    return tensor_digest([*tensors, ("labels", labels), ("n", n)])
