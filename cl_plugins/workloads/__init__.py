@@ -63,5 +63,6 @@ def unfit(recipe: Recipe, modality: str) -> str | None:
     for name in (entry["class"] for entry in recipe.callbacks):
         fits: tuple[str, ...] = getattr(callbacks, name).modalities
         if modality not in fits:
-            return f"{name} works on {' and '.join(fits)} data alone, because {_REASONS[modality]}"
+            told = "image" if modality == "multi-label" and "image" not in fits else modality
+            return f"{name} works on {' and '.join(fits)} data alone, because {_REASONS[told]}"
     return None
