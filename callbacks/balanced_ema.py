@@ -41,7 +41,9 @@ class BalancedEMA(ContinualCallback):
     for the weights during validation, and replaces them at the end of the task, before anything is evaluated.
 
     Args:
-        rule: name of a rule in :data:`cl_plugins.ema_rules.RULES`, or a ``Rule``. ``"released"`` is the paper's code.
+        rule: name of a rule in :data:`cl_plugins.ema_rules.RULES`, or a ``Rule``. ``"released"`` is the paper's code,
+            and the default because it needs no known end of training. On related tasks ``"horizon"`` is better: by 6 to
+            12 points of accuracy on turned digits (three sizes, five seeds, docs/ema.md).
         kappa: speed of ``"released"``; 2 in the released code, which belongs to tensors of about a million elements.
         fallback: weight where the formula gives none; 0.01 in the released code.
         decay: weight of the old value for ``"fixed"``, in [0, 1).

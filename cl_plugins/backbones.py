@@ -112,6 +112,22 @@ def _as_backbone(name: str, module: nn.Module) -> Backbone | None:
     return None
 
 
+def _text_towers(module: nn.Module) -> list[str]:
+    """Names of text transformers inside: open_clip's text towers and language models of transformers."""
+    return [
+        path or type(child).__name__
+        for path, child in module.named_modules()
+        if (hasattr(getattr(child, "transformer", None), "resblocks") and not hasattr(child, "conv1"))
+        or (isinstance(getattr(child, "layers", None), nn.ModuleList) and hasattr(child, "embed_tokens"))
+    ]
+
+
+_TEXT = (
+    "its tokens attend to earlier ones only and its feature is read at the end of the text, where these methods expect"
+    " an image's patches; LoRA and MoRA take text transformers"
+)
+
+
 def find_backbone(module: nn.Module, name: str | None = None) -> Backbone:
     """The one transformer in ``module``.
 
@@ -132,9 +148,10 @@ def find_backbone(module: nn.Module, name: str | None = None) -> Backbone:
             raise ValueError(f"`backbone` must be a submodule's name, got {name!r}{did_you_mean(name, names)}")
         found = _as_backbone(name, names[name])
         if found is None:
+            text = f"; {_TEXT}" if _text_towers(names[name]) else ""
             raise ValueError(
                 f"`backbone` must be a timm ViT or an open_clip vision tower, got {name!r},"
-                f" a {type(names[name]).__name__}"
+                f" a {type(names[name]).__name__}{text}"
             )
         return found
     skipped = getattr(module, "plugins", None)
@@ -145,6 +162,11 @@ def find_backbone(module: nn.Module, name: str | None = None) -> Backbone:
         found = None if inside or id(child) in ours else _as_backbone(path, child)
         if found is not None:
             candidates.append(found)
+    if not candidates and (towers := _text_towers(module)):
+        raise ValueError(
+            f"`{type(module).__name__}` must hold a timm ViT or an open_clip vision tower, found only the text"
+            f" transformer {towers[0]!r}; {_TEXT}"
+        )
     if not candidates:
         raise ValueError(
             f"`{type(module).__name__}` must hold a transformer backbone (a timm ViT or an open_clip vision tower),"

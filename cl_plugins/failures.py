@@ -30,9 +30,13 @@ def what_happened(error: BaseException) -> tuple[str, str] | None:
     if any(word in text for word in _WORKER):
         return "a process that loads data died, often for want of memory", "free some or use fewer workers"
     if isinstance(error, OSError):
-        if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text:
+        cause: BaseException | None = error
+        while isinstance(cause, OSError) and cause.errno is None:  # one of ours, around the system's
+            cause = cause.__cause__
+        number = cause.errno if isinstance(cause, OSError) else None
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text:
             return "the disk is full", "make room"
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        if number in (errno.EROFS, errno.EACCES, errno.EPERM) or "Read-only file system" in text:
             return "the folder cannot be written", "allow writing there"
         return "a file could not be read or written", "mend what the message names"
     if isinstance(error, FloatingPointError):

@@ -224,8 +224,15 @@ class InstructionGroups:
         return Match(group, scores, False, reason, tuple(chosen), matched=False)
 
     def allocate_samples(self, texts: Sequence[str]) -> list[int]:
-        """The group of each text on its own, for a batch of unknown origin; equal texts are compared once."""
-        known = {text: self.allocate([text]).group for text in dict.fromkeys(texts)}
+        """The group of each text on its own, for a batch of unknown origin; equal texts are compared once.
+
+        A text that one group alone holds, word for word, belongs to it, whatever the scores: the mean over a group's
+        other wordings would speak against it. (The release decides by one score for a whole test set.)
+        """
+        known: dict[str, int] = {}
+        for text in dict.fromkeys(texts):
+            holders = [j for j, group in enumerate(self.groups) if clean_texts([text])[0] in group]
+            known[text] = holders[0] if len(holders) == 1 else self.allocate([text]).group
         return [known[text] for text in texts]
 
     def scores(self, texts: Sequence[str]) -> tuple[float, ...]:

@@ -92,6 +92,15 @@ def _refuse(trainer: pl.Trainer, stream: Stream) -> None:
             "`reload_dataloaders_every_n_epochs` must be 0, since the stream gives each task its own loader,"
             f" got {reload_every!r}"
         )
+    _refuse_strategy(trainer)
+    check_tasks(stream.tasks, shared_classes=bool(getattr(stream, "shared_classes", False)))
+    too_large = max(max(t.classes) for t in stream.tasks)
+    if stream.n_classes <= too_large:
+        raise ValueError(f"`stream.n_classes` must cover class {too_large}, got {stream.n_classes!r}")
+
+
+def _refuse_strategy(trainer: pl.Trainer) -> None:
+    """Ways of several processes after which a task's end would not find the whole weights."""
     kind = type(trainer.strategy).__name__
     if kind.startswith(_SHARDED):
         raise ValueError(
@@ -104,10 +113,6 @@ def _refuse(trainer: pl.Trainer, stream: Stream) -> None:
             "`strategy` must not spawn processes, because what they learn is lost when a task ends,"
             f" got {type(trainer.strategy).__name__} with a spawn or fork launcher; use strategy='ddp' and torchrun"
         )
-    check_tasks(stream.tasks, shared_classes=bool(getattr(stream, "shared_classes", False)))
-    too_large = max(max(t.classes) for t in stream.tasks)
-    if stream.n_classes <= too_large:
-        raise ValueError(f"`stream.n_classes` must cover class {too_large}, got {stream.n_classes!r}")
 
 
 def _initial_states(trainer: pl.Trainer) -> dict[int, dict[str, Any]]:
@@ -133,7 +138,11 @@ def start_task(trainer: pl.Trainer, module: pl.LightningModule, stream: Stream, 
         stream: gives the data; passed to ``fit`` as ``datamodule``.
         index: the task.
         seed: for what plugins draw when they grow.
+
+    Raises:
+        ValueError: for strategies that shard weights or spawn processes.
     """
+    _refuse_strategy(trainer)
     check_composition(plugins_of(trainer), module)
     stream.task = index
     trainer.fit_loop.epoch_progress.reset()  # without it a second fit does nothing, silently

@@ -116,6 +116,18 @@ def test_allocation_of_sets_and_samples(unmatched, group):
     assert len(groups.groups) == 2
 
 
+def test_a_text_of_one_group_alone_belongs_to_it():
+    groups = InstructionGroups(threshold=0.9)
+    first, second = ["Reverse the letters", "Spell it backwards"], ["Sort the letters"]
+    groups.commit(groups.match(first), "reverse")
+    groups.commit(groups.match(second), "sort")
+    groups.groups[1].append("Reverse letters")  # now the mean speaks for the other group
+    assert groups.allocate(["Reverse the letters"]).group == 1
+    assert groups.allocate_samples([" Reverse  the letters", "Sort the letters"]) == [0, 1]
+    groups.groups[1].append("Reverse the letters")  # held by both: the score decides
+    assert groups.allocate_samples(["Reverse the letters"]) == [1]
+
+
 def test_allocation_may_refuse():
     groups = InstructionGroups(unmatched="error")
     with pytest.raises(RuntimeError, match="`allocate` needs a group"):

@@ -10,7 +10,7 @@ from torch import nn
 from benchmarks.composition import Module, stream
 from benchmarks.options import OPTIONS, check
 from benchmarks.processes import teams
-from cl_plugins import fit_stream
+from cl_plugins import fit_stream, start_task
 from cl_plugins.adapters.hierarchical_side import Downsample
 from cl_plugins.callbacks import LoRA, NearestMean, RanPAC
 from cl_plugins.closed_form import RidgeHead
@@ -64,8 +64,12 @@ def test_half_precision_on_the_cpu_becomes_bfloat16():
 def test_sharded_strategies_are_refused(kind):
     trainer = quiet_trainer(callbacks=[LoRA(2)])
     trainer.strategy.__class__ = type(kind, (type(trainer.strategy),), {})  # the real ones need GPUs to be made
-    with pytest.raises(ValueError, match=f"must leave whole weights on each process, got {kind}"):
+    assert hasattr(pl.strategies, kind)  # Lightning still calls it so
+    text = f"must leave whole weights on each process, got {kind}"
+    with pytest.raises(ValueError, match=text):
         fit_stream(trainer, Module(), stream())
+    with pytest.raises(ValueError, match=text):  # in a hand-written loop, too
+        start_task(trainer, Module(), stream(), 0)
 
 
 @pytest.mark.parametrize("method", [NearestMean, lambda: RanPAC(16)])

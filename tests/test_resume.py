@@ -2,7 +2,9 @@
 
 import errno
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -173,6 +175,66 @@ def test_a_run_on_a_full_disk_goes_on_when_there_is_room(small_disk, tmp_path, w
     subprocess.run(["mount", "-o", "remount,size=200m", small_disk], check=True)
     _run(small_disk / "run", resume=True)
     _same(small_disk / "run", whole)
+
+
+def _then(action):
+    def acting(loss):
+        action()
+        return loss
+
+    return acting
+
+
+def test_output_that_becomes_read_only_stops_with_a_reason_and_goes_on_when_it_can_be_written(
+    tmp_path, whole, monkeypatch
+):
+    folder = tmp_path / "run" / "checkpoints"
+
+    def lock():
+        for options in (["--bind", folder, folder], ["-o", "remount,bind,ro", folder]):
+            if subprocess.run(["mount", *options], capture_output=True, check=False).returncode:
+                pytest.skip("mounting needs root")
+
+    _fail_at(monkeypatch, 6, _then(lock))
+    try:
+        with pytest.raises(RunStopped) as caught:
+            _run(tmp_path / "run", save_every_steps=1)
+    finally:
+        subprocess.run(["umount", "-l", folder], capture_output=True, check=False)
+    said = str(caught.value)
+    assert said.startswith("the folder cannot be written (")
+    assert "Read-only file system" in said
+    assert "to go on: allow writing there, then" in said
+    assert "saved up to stream-000006-task-1-step-6.ckpt" in said
+    assert "run the same command with --resume" in said
+    monkeypatch.undo()
+    _run(tmp_path / "run", resume=True)
+    _same(tmp_path / "run", whole)
+
+
+def _kill_a_worker():
+    workers = multiprocessing.active_children()
+    assert workers
+    os.kill(workers[0].pid, signal.SIGKILL)
+    workers[0].join()
+
+
+@pytest.mark.parametrize("step", [0, 4])
+def test_a_data_worker_that_is_killed_ends_the_run_with_a_reason_and_the_next_start_goes_on(
+    tmp_path, whole, monkeypatch, step
+):
+    options = {"data": {**SMALL["data"], "num_workers": 1}}  # prepares two batches ahead, of four
+    _fail_at(monkeypatch, step, _then(_kill_a_worker))
+    with pytest.raises(RunStopped) as caught:
+        _run(tmp_path / "run", save_every_steps=1, **options)
+    said = str(caught.value)
+    assert "a process that loads data died, often for want of memory" in said
+    assert ("; saved up to stream-00000" if step else "; ") in said
+    assert "free some or use fewer workers, then run the same command with --resume" in said
+    monkeypatch.undo()
+    _run(tmp_path / "run", resume=True, **options)
+    _same(tmp_path / "run", whole)
+    assert not multiprocessing.active_children()
 
 
 def test_read_only_output_is_named(tmp_path):
