@@ -3,7 +3,9 @@
 The interval is Student's t for a mean over a finite population: ``k`` of ``N`` tasks are drawn without replacement, so
 the variance of their mean is ``s^2 / k (1 - k/N)`` (Cochran, Sampling Techniques, 1977, section 2.6). Wilson's interval
 is for shares of one binary variable, and Hoeffding's bound is +-0.43 at ``k = 10``, too wide to tell anything; both
-ignore ``N``. A t interval is too narrow where a few tasks are far from all others and ``k`` is small.
+ignore ``N``. Of 1,000 draws from 200 tasks, the interval held the true mean in 93 to 97 % for ``k`` of 5 and 20 where
+accuracies follow Beta(8, 2) or Beta(2, 2), but in 18 and 43 % where 5 tasks stand at 0 and all others at 0.9: such
+tasks are rarely drawn. Read the lowest accuracies beside it.
 """
 
 from __future__ import annotations
