@@ -40,6 +40,8 @@ FILES: dict[str, tuple[str, ...]] = {
     "fewshot-cifar100": _CIFAR100,
     "fewshot-mini-imagenet": ("miniimagenet/images", "miniimagenet/split/train.csv"),
     "fewshot-cub200": _CUB,
+    "multilabel-coco": ("annotations/instances_train20*.json", "annotations/instances_val20*.json"),
+    "multilabel-voc": ("VOCdevkit/VOC20*|VOC20*",),
     "coin": ("*/train.json", "*/test.json"),
     "trace": ("*/train.json", "*/test.json"),
     "x-tail": _SETS,
