@@ -22,6 +22,7 @@ from PIL import Image
 from .benchmarks import crop_transforms, data_folder
 from .image_files import ImageFiles, class_folders, need, seeded_halves
 from .stream_data import StreamData
+from .transfer_archives import get_archives
 
 _Parts = tuple[Any, Any, Sequence[str]]
 _GENERIC = "a photo of a {}."
@@ -338,6 +339,7 @@ def load_transfer_set(
     folder = data_folder(root, known.title, known.how)
     if download and missing_parts(name, folder):
         folder.mkdir(parents=True, exist_ok=True)
+        get_archives(name, folder)
     else:
         need(known.title, folder / known.folder, known.parts, known.how)
         download = False

@@ -9,11 +9,13 @@ from threading import Thread
 
 import numpy as np
 import pytest
-from torchvision.datasets import CIFAR100, MNIST
+from torchvision.datasets import CIFAR100, DTD, MNIST
 
 from cl_plugins.scenarios import load_data
 from cl_plugins.scenarios.fetch import fetch, md5_of
+from cl_plugins.scenarios.transfer_archives import archives
 from tests._image_folders import write_cifar100, write_mnist
+from tests.test_transfer_sets import dtd
 
 BODY = np.random.default_rng(0).bytes(3_000_000)
 MD5 = hashlib.md5(BODY).hexdigest()
@@ -33,10 +35,11 @@ class Server(BaseHTTPRequestHandler):
             self.send_error(404)
             return
         start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and self.plan.get("ranges", True) else 0
-        if start >= len(BODY):
+        whole = self.plan.get("body", BODY)
+        if start >= len(whole):
             self.send_error(416)
             return
-        body = BODY[start:]
+        body = whole[start:]
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -168,3 +171,31 @@ def test_cifar_is_fetched_and_unpacked(folder_server, tmp_path, monkeypatch):
     assert (len(data.train), len(data.test)) == (600, 100)
     (source / "cifar-100-python.tar.gz").unlink()
     load_data("cifar100", root=str(root), download=True)
+
+
+def test_an_interrupted_transfer_set_goes_on(server, tmp_path, monkeypatch):
+    dtd(tmp_path / "source")
+    archive = tmp_path / "dtd-r1.0.1.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(tmp_path / "source" / "dtd" / "dtd", "dtd")
+    server["body"] = archive.read_bytes()
+    monkeypatch.setattr(DTD, "_URL", server["url"] + "/dtd-r1.0.1.tar.gz")
+    monkeypatch.setattr(DTD, "_MD5", md5_of(archive))
+    server.update(breaks=6, sent=100)
+    with pytest.raises(ConnectionError, match="the next attempt goes on from there"):
+        load_data("dtd", root=str(tmp_path / "there"), download=True)
+    assert (tmp_path / "there" / "dtd" / "dtd-r1.0.1.tar.gz.part").stat().st_size == 500
+    server["breaks"] = 0
+    assert load_data("dtd", root=str(tmp_path / "there"), download=True).class_names == ("banded", "woven")
+    assert server["asked"] == [None, *(f"bytes={100 * k}-" for k in range(1, 6))]
+    load_data("dtd", root=str(tmp_path / "there"), download=True)
+    assert len(server["asked"]) == 6  # nothing is asked for when all is there
+
+
+def test_archives_lie_where_torchvision_looks():
+    for name in ("dtd", "eurosat", "flowers102", "food101", "oxford-pets", "sun397"):
+        for url, folder, md5 in archives(name):
+            assert url.startswith("http")
+            assert len(md5) == 32
+            assert folder in ("", "dtd", "eurosat", "flowers-102", "oxford-iiit-pet")
+    assert archives("caltech101") == archives("aircraft") == []
