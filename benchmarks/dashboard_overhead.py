@@ -1,6 +1,6 @@
 """What ForgettingTracker, ForgettingDashboard and its run store cost, as a share of training a tiny ViT.
 
-Every hook of both callbacks is timed inside one ordinary run of ``fit_stream`` at default settings, so that nothing else
+Every hook of both callbacks is timed inside one ordinary run of ``fit_stream`` at default settings, so nothing else is
 is in the figure: hooks of training batches as a share of the time in ``fit``, and hooks at the ends of tasks (rows,
 events, the report) per task.
 
