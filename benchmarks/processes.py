@@ -56,7 +56,7 @@ def teams() -> dict[str, list[str]]:
 def train(team: Sequence[str], folder: Path, **trainer_options: Any) -> dict[str, Any]:
     """Weights, counts and files of one run in this process."""
     torch.manual_seed(0)
-    module = Module()
+    module = Module().double()  # what runs before the first fit, such as a distillation, must not round either
     trainer = pl.Trainer(
         **{
             "accelerator": "cpu", "max_epochs": 2, "logger": False, "enable_checkpointing": False,
