@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 from ._seeds import CLASS_ORDER, check_seed, generator
@@ -35,7 +36,7 @@ def order_classes(present: Sequence[int], class_order: Sequence[int] | None, ord
         return [present[i] for i in order]
     if order_seed is not None:
         raise ValueError(f"`order_seed` must be None when `class_order` is given, got {order_seed!r}; pass one of them")
-    given = [int(c) for c in class_order]
+    given = [_label("class_order", c) for c in class_order]
     lost, unknown = sorted(set(present) - set(given)), sorted(set(given) - set(present))
     if lost or unknown or len(given) != len(present):
         twice = sorted({c for c in given if given.count(c) > 1})
@@ -96,6 +97,8 @@ def assign_classes(
         raise ValueError(f"`n_tasks` must be at most {len(order)}, the number of classes, got {n_tasks!r}")
     if first_task_classes is None:
         return _cut(order, split_evenly(len(order), n_tasks))
+    if isinstance(first_task_classes, bool) or not isinstance(first_task_classes, int):
+        raise ValueError(f"`first_task_classes` must be an integer of 1 or more, got {first_task_classes!r}")
     most = len(order) - (n_tasks - 1)
     least = most if n_tasks == 1 else 1
     if not least <= first_task_classes <= most:
@@ -105,6 +108,14 @@ def assign_classes(
         )
     rest = split_evenly(len(order) - first_task_classes, n_tasks - 1) if n_tasks > 1 else []
     return _cut(order, [first_task_classes, *rest])
+
+
+def _label(name: str, value: object) -> int:
+    if isinstance(value, str) or not hasattr(value, "__index__"):
+        raise ValueError(
+            f"`{name}` must hold the labels as integers, got {value!r}; text labels are numbered in alphabetical order"
+        )
+    return operator.index(value)
 
 
 def _cut(order: list[int], sizes: Sequence[int]) -> list[list[int]]:

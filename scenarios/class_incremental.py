@@ -90,7 +90,7 @@ class ClassIncremental(TaskStream):
         data_options: dict[str, Any] | None = None,
         **options: Unpack[LoaderOptions],
     ) -> None:
-        if not 0 <= validation_fraction < 1:
+        if not isinstance(validation_fraction, int | float) or not 0 <= validation_fraction < 1:
             raise ValueError(f"`validation_fraction` must be in [0, 1), got {validation_fraction!r}")
         if seed is not None:
             check_seed("seed", seed)

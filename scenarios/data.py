@@ -237,8 +237,13 @@ class TaskView(Dataset[Any]):
                 try:
                     samples.append(self._sample(index))
                 except UnreadableSample as error:
-                    if self.unreadable == "stop" or (not samples and place == len(chosen)):
+                    if self.unreadable == "stop":
                         raise
+                    if not samples and place == len(chosen):
+                        raise UnreadableSample(
+                            f"{error}; none of the {len(chosen)} samples of this batch can be read, so there is nothing"
+                            " to go on with; larger batches are seldom without any"
+                        ) from error
                     warnings.warn(f"skipped: {error}", stacklevel=2)
         return samples
 
@@ -278,7 +283,7 @@ class TaskView(Dataset[Any]):
             where = f" ({paths[index][0]})" if isinstance(paths, list) and isinstance(paths[index], tuple) else ""
             raise UnreadableSample(
                 f"sample {index}{where} must be readable, got {type(error).__name__}: {error};"
-                ' repair or remove the file, or pass `unreadable="skip"`'
+                " repair or remove the file" + (', or pass `unreadable="skip"`' if self.unreadable == "stop" else "")
             ) from error
 
 

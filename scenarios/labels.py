@@ -12,6 +12,8 @@ from torch import Tensor
 
 Labels = str | Sequence[Any] | NDArray[Any] | Tensor | Callable[[int], Any]
 
+MOST_CLASSES = 1_000_000
+"""Labels must be below: tables and heads have a place for each number up to the largest label."""
 _ATTRIBUTES = ("targets", "labels", "train_labels", "test_labels", "_labels", "y")
 _FILE_LISTS = ("samples", "imgs", "_samples", "_image_files")
 _COLUMNS = ("label", "labels", "fine_label", "target", "y")
@@ -46,7 +48,7 @@ def find_labels(data: Any, labels: Labels | None = None, names: Sequence[str] | 
         Integers; labels that are text are numbered in alphabetical order, and the mapping is kept.
 
     Raises:
-        ValueError: when there are no labels to be found, not one per sample, or negative or missing ones.
+        ValueError: when there are no labels to be found, not one per sample, or negative, missing or huge ones.
 
     Example:
         >>> find_labels(range(4), labels=["cat", "ant", "cat", "dog"]).mapping
@@ -69,10 +71,16 @@ def find_labels(data: Any, labels: Labels | None = None, names: Sequence[str] | 
         mapping = {str(t): i for i, t in enumerate(texts)}
         names = names or tuple(mapping)
     elif values.dtype.kind == "f":
-        if not np.array_equal(values, np.floor(values)):
-            raise ValueError(f"`labels` must be integers or text, got {values.dtype} with fractions or NaN")
+        if not (np.isfinite(values).all() and np.array_equal(values, np.floor(values))):
+            raise ValueError(f"`labels` must be integers or text, got {values.dtype} with fractions, infinity or NaN")
     elif values.dtype.kind not in "biu":
         raise ValueError(f"`labels` must be integers or text, got {values.dtype}")
+    if len(values) and values.max() >= MOST_CLASSES:  # before the cast, which would wrap; 64-bit keys are no labels
+        where = int(values.argmax())
+        raise ValueError(
+            f"`labels` must be below {MOST_CLASSES:,}, since every number up to the largest has a place,"
+            f" got {values[where]} at sample {where}; pass np.unique(labels, return_inverse=True)[1]"
+        )
     values = values.astype(np.int64)
     if len(values) and values.min() < 0:
         where = int(values.argmin())
@@ -161,8 +169,15 @@ def align_labels(reference: FoundLabels, other: FoundLabels) -> FoundLabels:
     """``other`` in the numbers of ``reference``: two folders number their classes alike only if they hold the same.
 
     Raises:
-        ValueError: when ``other`` has samples of classes that ``reference`` does not name.
+        ValueError: when ``other`` has samples of classes that ``reference`` does not name, or when one has text and the
+            other has numbers without names.
     """
+    if (reference.mapping is None) != (other.mapping is None) and not (reference.names and other.names):
+        kinds = ["integers" if found.mapping is None else "text" for found in (reference, other)]
+        raise ValueError(
+            f"`labels` must be text in training and test data, or integers in both, got {kinds[0]} and {kinds[1]};"
+            " number the text as the training data are numbered"
+        )
     if not reference.names or not other.names or reference.names == other.names:
         return other
     number = {name: i for i, name in enumerate(reference.names)}

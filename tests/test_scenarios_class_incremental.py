@@ -135,6 +135,12 @@ def test_small_tasks_work_and_missing_test_classes_are_reported():
     assert list(stream.test_loader(2)) == []
 
 
+def test_test_samples_without_a_training_class_are_reported():
+    with pytest.warns(UserWarning, match="2 of 8 test samples are left out, since no training sample has.* class: 3"):
+        stream = stream_of([4, 4, 4], [2, 2, 2, 2], n_tasks=3)
+    assert stream.provenance()["sizes"]["test"] == [2, 2, 2]
+
+
 def test_explicit_lists_may_leave_classes_out():
     stream = stream_of([2] * 5, classes=[[4, 0], [2]])
     assert [t.classes for t in stream.tasks] == [(4, 0), (2,)]
@@ -158,6 +164,9 @@ def test_explicit_lists_may_leave_classes_out():
         ({"n_tasks": 1, "first_task_classes": 3}, "`first_task_classes` must be between 4 and 4.*got 3"),
         ({"n_tasks": 2, "class_order": [0, 1, 2, 2]}, r"got 4: \[\] are not in the data, \[2\] stand twice, \[3\] are"),
         ({"n_tasks": 2, "class_order": [3, 2, 1, 0], "order_seed": 1}, "`order_seed` must be None when `class_order`"),
+        ({"n_tasks": 2, "first_task_classes": 1.5}, "`first_task_classes` must be an integer of 1 or more, got 1.5"),
+        ({"n_tasks": 2, "class_order": "abcd"}, "`class_order` must hold the labels as integers, got 'a'; text labels"),
+        ({"n_tasks": 2, "validation_fraction": "0.1"}, r"`validation_fraction` must be in \[0, 1\), got '0.1'"),
         ({"n_tasks": 2, "order_seed": -1}, "`order_seed` must be an integer of 0 or more, got -1"),
         ({"n_tasks": 2, "data_seed": 0.5}, "`data_seed` must be an integer of 0 or more, got 0.5"),
         ({"n_tasks": 2, "validation_fraction": 1.0}, r"`validation_fraction` must be in \[0, 1\), got 1.0"),

@@ -76,8 +76,11 @@ def test_class_names_of_the_data_set_are_taken():
         (Unreadable(), [0, 1], r"one value for each of the 3 samples, got shape \(2,\)"),
         (Unreadable(), np.zeros((3, 4)), r"got shape \(3, 4\); for several labels a sample use a multi-label scenario"),
         (Unreadable(), [0, -1, 2], r"`labels` must be 0 or more, got -1 at sample 1; remove unlabeled samples"),
-        (Unreadable(), [0.5, 1, 2], r"must be integers or text, got float64 with fractions or NaN"),
-        (Unreadable(), [0, float("nan"), 2], r"must be integers or text, got float64 with fractions or NaN"),
+        (Unreadable(), [0.5, 1, 2], r"must be integers or text, got float64 with fractions, infinity or NaN"),
+        (Unreadable(), [0, float("nan"), 2], r"must be integers or text, got float64 with fractions, infinity or NaN"),
+        (Unreadable(), [0, float("inf"), 2], r"must be integers or text, got float64 with fractions, infinity or NaN"),
+        (Unreadable(), [0, 10**9, 2], r"must be below 1,000,000, .*got 1000000000 at sample 1; pass np.unique"),
+        (Unreadable(), np.array([0, 2**63 + 1, 2], np.uint64), r"must be below 1,000,000, .*got 9223372036854775809"),
         (Unreadable(), ["ant", None, "dog"], r"must be given for every sample, got None"),
     ],
 )
@@ -92,3 +95,12 @@ def test_folders_with_other_classes_are_aligned_by_name():
     assert align_labels(train, test).values.tolist() == [0, 2, 2]
     with pytest.raises(ValueError, match="`test` must hold classes of the training data only, got dog as well"):
         align_labels(train, FoundLabels(np.array([0, 1]), ("ant", "dog")))
+
+
+def test_numbers_and_text_are_not_taken_for_each_other():
+    numbers, text = find_labels(range(3), [0, 1, 2]), find_labels(range(3), ["cat", "ant", "bee"])
+    with pytest.raises(ValueError, match="`labels` must be text in training and test data.*got integers and text;"):
+        align_labels(numbers, text)
+    with pytest.raises(ValueError, match="got text and integers; number the text"):
+        align_labels(text, numbers)
+    assert align_labels(FoundLabels(numbers.values, ("bee", "cat", "ant")), text).values.tolist() == [1, 2, 0]
