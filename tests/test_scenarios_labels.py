@@ -99,7 +99,7 @@ def test_folders_with_other_classes_are_aligned_by_name():
 
 def test_numbers_and_text_are_not_taken_for_each_other():
     numbers, text = find_labels(range(3), [0, 1, 2]), find_labels(range(3), ["cat", "ant", "bee"])
-    with pytest.raises(ValueError, match="`labels` must be text in training and test data.*got integers and text;"):
+    with pytest.raises(ValueError, match=r"`labels` must be text in training and test data.*got integers and text;"):
         align_labels(numbers, text)
     with pytest.raises(ValueError, match="got text and integers; number the text"):
         align_labels(text, numbers)
