@@ -12,7 +12,7 @@ from .assignment import assign_classes
 from .data import Split
 from .labels import Labels
 from .stream import LoaderOptions, TaskStream
-from .stream_data import as_stream_data, prepare
+from .stream_data import as_stream_data, prepare, report_left_out
 
 
 class ClassOptions(LoaderOptions, total=False):
@@ -98,6 +98,7 @@ class ClassIncremental(TaskStream):
                 order_seed = seed
             data_seed = seed if data_seed is None else data_seed
         found = prepare(as_stream_data(data, test, root, download, data_options), labels)
+        report_left_out(found)
         source = found.data
         sizes = self.divide(len(found.present))
         lists = assign_classes(

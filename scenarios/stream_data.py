@@ -112,7 +112,7 @@ def prepare(data: StreamData, labels: Labels | None) -> Prepared:
             "`test` must be given, got None; pass `test=` or a pair (train, test), or split the data set in two first"
         )
     if data.found is not None:
-        return _reported(Prepared(data, *data.found, _present(data.found[0])))
+        return Prepared(data, *data.found, _present(data.found[0]))
     how = data.labels if labels is None else labels
     for_all = how if how is None or isinstance(how, str) or callable(how) else None
     if how is not None and for_all is None:
@@ -125,20 +125,19 @@ def prepare(data: StreamData, labels: Labels | None) -> Prepared:
     validation = None
     if data.validation is not None:
         validation = align_labels(train, find_labels(data.validation, for_all, data.class_names))
-    return _reported(Prepared(data, train, test, validation, _present(train)))
+    return Prepared(data, train, test, validation, _present(train))
 
 
-def _reported(found: Prepared) -> Prepared:
-    """Warns of test samples that no task will have, because no training sample has their class."""
+def report_left_out(found: Prepared) -> None:
+    """Warn of test samples that no task will have, because no training sample has their class."""
     values = found.test.values
     lost = values[(values >= 0) & ~np.isin(values, found.present)]
     if len(lost):
         warnings.warn(
             f"{len(lost)} of {int((values >= 0).sum())} test samples are left out, since no training sample has their"
             f" class: {str(np.unique(lost)[:10].tolist())[1:-1]}",
-            stacklevel=4,
+            stacklevel=3,
         )
-    return found
 
 
 def _present(train: FoundLabels) -> list[int]:

@@ -54,6 +54,8 @@ def test_the_list_says_it(tmp_path, capsys):
     assert there["x-tail"].startswith("no: caltech101")
     assert main(["list", "--root", str(tmp_path)]) == 0
     assert f"there: yes: {tmp_path}; needs root= with MNIST/raw" in capsys.readouterr().out
+    assert main(["list", "--root", str(tmp_path / "not")]) != 0
+    assert "`--root` must be a folder that exists, got" in capsys.readouterr().err
 
 
 def test_runs_take_the_root_from_the_environment(tmp_path, monkeypatch):

@@ -73,3 +73,10 @@ def test_the_command(tmp_path, capsys):
     for tasks, said in (("x", "`--tasks` must be numbers and ranges"), ("9", "`tasks` must be from 0 to 4, got 9")):
         assert main(["show", "split-digits", "--tasks", tasks]) != 0
         assert said in capsys.readouterr().err
+    for option, said in (
+        (("--tasks", "3-1"), "`--tasks` must have ranges from low to high, got '3-1'"),
+        (("--columns", "0"), "`--columns` must be 1 or more, got 0"),
+        (("--seed", "-1"), "`--seed` must be 0 or more, got -1"),
+    ):
+        assert main(["show", "split-digits", *option]) != 0
+        assert said in capsys.readouterr().err

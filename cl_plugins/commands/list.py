@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -28,6 +29,8 @@ def execute(arguments: Any) -> int:
     scenarios = importlib.import_module("cl_plugins.scenarios")
     presence = importlib.import_module("cl_plugins.scenarios.presence")
     root = arguments.root or presence.data_folder()
+    if arguments.root is not None and not Path(arguments.root).expanduser().is_dir():
+        raise NotADirectoryError(f"`--root` must be a folder that exists, got {arguments.root!r}")
     infos = [scenarios.scenario_info(name) for name in scenarios.scenario_names()]
     there = {info.name: presence.availability(info, root) for info in infos}
     if arguments.json:

@@ -34,6 +34,8 @@ def _numbers(text: str) -> list[int]:
         first, dash, last = part.strip().partition("-")
         if not first.isdigit() or (dash and not last.isdigit()):
             raise ValueError(f"`--tasks` must be numbers and ranges such as 0,3,5-7, got {text!r}")
+        if dash and int(last) < int(first):
+            raise ValueError(f"`--tasks` must have ranges from low to high, got {part.strip()!r}")
         numbers += range(int(first), int(last or first) + 1)
     return numbers
 
@@ -41,6 +43,10 @@ def _numbers(text: str) -> list[int]:
 def execute(arguments: Any) -> int:
     """Run the command; returns the exit status."""
     from cl_plugins.sheet import draw_sheet, text_sheet
+
+    for name, value, least in (("--columns", arguments.columns, 1), ("--seed", arguments.seed, 0)):
+        if value is not None and value < least:
+            raise ValueError(f"`{name}` must be {least} or more, got {value!r}")
 
     scenarios = importlib.import_module("cl_plugins.scenarios")
     stream = scenarios.build_scenario(
