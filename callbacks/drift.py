@@ -191,7 +191,7 @@ class DriftTracker(ContinualCallback):
     def _error(self, judged: Tensor) -> float:
         return float(functional.expected_calibration_error(judged[:, _CONFIDENCE], judged[:, _CORRECT], self.bins))
 
-    def _batches(self, stream: Stream, world: int) -> Iterator[tuple[int, int, Iterable[Any]]]:
+    def _batches(self, stream: Stream, rank: int, world: int) -> Iterator[tuple[int, int, Iterable[Any]]]:
         """Task, most samples of this process, batches; task -1 for a probe set of the user."""
         if not isinstance(self.probe, int):
             yield -1, 1 << 62, self.probe
@@ -201,7 +201,8 @@ class DriftTracker(ContinualCallback):
             places = torch.linspace(0, len(tasks) - 1, _MOST_TASKS).round().long().tolist()
             tasks = [tasks[k] for k in places]
         for task in tasks:
-            yield task.index, -(-self.probe // (len(tasks) * world)), stream.test_loader(task.index)
+            wanted = range(rank, -(-self.probe // len(tasks)), world)  # as the loaders split the samples
+            yield task.index, len(wanted), stream.test_loader(task.index)
 
     def _predict(self, trainer: pl.Trainer, stream: Stream) -> Predict:
         """How the stream's own evaluation predicts."""
@@ -229,7 +230,7 @@ class DriftTracker(ContinualCallback):
         judged: dict[int, Tensor] = {}
         try:
             with evaluating(module), precision:
-                for task, most, batches in self._batches(stream, world):
+                for task, most, batches in self._batches(stream, trainer.global_rank if world > 1 else 0, world):
                     table, found, why = _read(module, batches, most, move, predict, seen, taken)
                     reason = reason or why
                     if world > 1:
