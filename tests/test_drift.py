@@ -234,7 +234,7 @@ def test_the_result_and_the_store_have_it(tmp_path):
     for row in result.drift:
         assert events["drift/effective rank", row.after]["value"] == row.effective_rank
     assert events["drift/calibration drift per task", 2]["values"] == list(result.drift[2].calibration_drift.values())
-    assert "effective rank" in (tmp_path / "demo" / "report.html").read_text()
+    assert "Effective rank of the features" in (tmp_path / "demo" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
