@@ -11,6 +11,7 @@ from .cache_features import CacheFeatures
 from .closed_form import NearestMean, RanPAC
 from .continual_evaluation import ContinualEvaluation
 from .dashboard import ForgettingDashboard
+from .drift import DriftTracker
 from .hierarchical_side_tuning import HierarchicalSideTuning, LeanHierarchicalSideTuning
 from .ladder_side_tuning import LadderSideTuning
 from .lora import LoRA
@@ -27,6 +28,7 @@ __all__ = [
     "BalancedEMA",
     "CacheFeatures",
     "ContinualEvaluation",
+    "DriftTracker",
     "ForgettingDashboard",
     "ForgettingTracker",
     "FrozenBackbone",

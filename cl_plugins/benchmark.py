@@ -21,6 +21,7 @@ import torch
 import yaml
 
 from cl_plugins.checkpoint_files import checkpoint_files, keep_newest, newest_intact
+from cl_plugins.drift import DriftRow
 from cl_plugins.failures import explained
 from cl_plugins.inside_tasks import InsideRow
 from cl_plugins.progress import StreamProgress
@@ -109,6 +110,8 @@ def finished_result(folder: Path, stream: Any) -> StreamResult | None:
     restore_result(result, state)
     saved = checkpoint["callbacks"].get("ContinualEvaluation", {"rows": []})
     result.inside_tasks = [InsideRow.from_dict(row) for row in saved["rows"]]
+    saved = checkpoint["callbacks"].get("DriftTracker", {"rows": []})
+    result.drift = [DriftRow.from_dict(row) for row in saved["rows"]]
     return result
 
 
@@ -156,6 +159,7 @@ def run_benchmark(
     eval_samples: int | None = None,
     keep_checkpoints: bool = False,
     adapters: bool = False,
+    drift: bool = False,
 ) -> StreamResult:
     """Train and evaluate a method on a scenario and write the run folder.
 
@@ -179,6 +183,7 @@ def run_benchmark(
         eval_samples: of each task at most so many samples in these evaluations; None takes all.
         keep_checkpoints: leave both checkpoints when the run is finished, not the last one alone.
         adapters: write what the method owns as ``checkpoints/adapters.safetensors``, too.
+        drift: measure features, calibration, task confusion and memory at each task end, by a ``DriftTracker``.
 
     Returns:
         The result; ``result.json``, ``report.html``, ``config.yaml`` and the run's events are in the folder.
@@ -213,6 +218,9 @@ def run_benchmark(
     inside = _inside(eval_every, eval_tasks, eval_samples, seed)
     if inside:
         config["inside_tasks"] = {"eval_every": eval_every, "eval_tasks": eval_tasks, "eval_samples": eval_samples}
+    drifts = [callbacks_module.DriftTracker()] if drift else []
+    if drift:
+        config["drift"] = True
     folder = folder_of(out, method, scenario, seed)
     resume = resume and (folder / "config.yaml").exists()
     if resume:
@@ -241,7 +249,7 @@ def run_benchmark(
         accelerator={"auto": "auto", "cuda": "gpu"}.get(device, device),
         devices=1,
         gradient_clip_val=recipe.gradient_clip or None,
-        callbacks=[*callbacks, *lengths, *inside, tracker, dashboard, bar, saver],
+        callbacks=[*callbacks, *lengths, *inside, *drifts, tracker, dashboard, bar, saver],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,

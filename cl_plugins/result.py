@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cl_plugins import functional
+from cl_plugins.drift import DriftRow
 from cl_plugins.evaluation import evaluation_tasks, learned_after
 from cl_plugins.inside_tasks import InsideRow, InsideTasks
 from cl_plugins.label_scores import LABEL_SCORES, THRESHOLD
@@ -73,6 +74,7 @@ class StreamResult:
         trainable_parameters: number of parameters that the last task trained.
         learned_at: row after which a column counts as learned; None for row j and column j.
         inside_tasks: evaluations inside tasks, of a :class:`~cl_plugins.callbacks.ContinualEvaluation`.
+        drift: measurements at task ends, of a :class:`~cl_plugins.callbacks.DriftTracker`.
 
     Example:
         >>> row = Row(0, (9, None), (10, None), (10, None), ((10, 0), (0, 0)), 0.1)
@@ -89,6 +91,7 @@ class StreamResult:
     trainable_parameters: int = 0
     learned_at: list[int] | None = None
     inside_tasks: list[InsideRow] = field(default_factory=list)
+    drift: list[DriftRow] = field(default_factory=list)
 
     def add(self, row: Row) -> None:
         """Append a row; past :data:`MOST_CONFUSED` tasks only the newest keeps its ``tasks ** 2`` confusions."""
@@ -275,6 +278,7 @@ class StreamResult:
             "train_seconds_per_task": self.train_seconds,
             "eval_seconds": self.eval_seconds,
             **({"inside_tasks": self.inside.to_dict()} if self.inside_tasks else {}),
+            **({"drift": [row.to_dict() for row in self.drift]} if self.drift else {}),
         }
 
     def save(self, path: str | Path, **extra: Any) -> Path:

@@ -44,6 +44,7 @@ def parser() -> ArgumentParser:
     )
     parser.add_argument("--keep-checkpoints", action="store_true", help="leave both when the run is finished, not one")
     parser.add_argument("--adapters", action="store_true", help="also write checkpoints/adapters.safetensors")
+    parser.add_argument("--drift", action="store_true", help="measure features, calibration and memory at task ends")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
 
@@ -64,6 +65,7 @@ def execute(arguments: Any) -> int:
         out=folder,
         options=options,
         data=with_root(arguments.scenario, data),
+        drift=arguments.drift,
         progress=not arguments.quiet,
         resume=arguments.resume,
         save_every_steps=arguments.save_every_steps,

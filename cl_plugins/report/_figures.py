@@ -274,8 +274,8 @@ def _bars(name: str, y_title: str) -> Any:
     return plot
 
 
-def _panel(index: int) -> Any:
-    plot = _figure(f"panel{index}", 230, "", "", percent=False)
+def _panel(index: int, name: str = "panel") -> Any:
+    plot = _figure(f"{name}{index}", 230, "", "", percent=False)
     plot.yaxis.formatter = NumeralTickFormatter(format="0.[000]a")
     mapper = LinearColorMapper(palette=list(Cividis256), low=0, high=1, nan_color="rgba(0, 0, 0, 0)")
     _image(plot, "cells", mapper)
@@ -290,7 +290,9 @@ def _panel(index: int) -> Any:
     return plot
 
 
-def build_figures(panels: int, confusion: bool, transfer: bool = False, inside: bool = False) -> list[Any]:
+def build_figures(
+    panels: int, confusion: bool, transfer: bool = False, inside: bool = False, drift: int = 0
+) -> list[Any]:
     """Every chart of the page.
 
     Args:
@@ -298,6 +300,7 @@ def build_figures(panels: int, confusion: bool, transfer: bool = False, inside: 
         confusion: whether any run recorded which tasks its predictions fell into.
         transfer: whether any run measured a task before it was learned.
         inside: whether any run was evaluated inside its tasks.
+        drift: number of charts for what changed between task ends.
     """
     from ._inside import inside_figure  # it builds on the parts above
 
@@ -306,13 +309,13 @@ def build_figures(panels: int, confusion: bool, transfer: bool = False, inside: 
     plots += [_bars("seconds", "seconds"), _bars("parameters", "parameters"), _bars("memory", "MiB")]
     if confusion:
         plots += [_matrix("confusion", 430, "predicted task", "true task"), _recency()]
-    return plots + [_panel(i) for i in range(panels)]
+    return plots + [_panel(i) for i in range(panels)] + [_panel(i, "drift") for i in range(drift)]
 
 
 @lru_cache(maxsize=8)
-def figures_json(panels: int, confusion: bool, transfer: bool = False, inside: bool = False) -> str:
+def figures_json(panels: int, confusion: bool, transfer: bool = False, inside: bool = False, drift: int = 0) -> str:
     """The charts of a page as embedded JSON, ready for a script element; they are the same for all runs."""
-    documents, items = serialize(build_figures(panels, confusion, transfer, inside))
+    documents, items = serialize(build_figures(panels, confusion, transfer, inside, drift))
     return embedded_json({"documents": documents, "items": items})
 
 

@@ -17,6 +17,7 @@ import torch
 from cl_plugins import functional
 from cl_plugins.runs import Counts, Run
 
+from ._drift import PREFIX, drift_payload
 from ._inside import inside_payload
 from ._numbers import Group, TaskNumbers, band_of, class_order, steps_of, task_numbers
 
@@ -83,6 +84,8 @@ def _panels(run: Run) -> list[dict[str, Any]]:
     panels: dict[tuple[str, str], dict[str, Any]] = {}
     for event in run.plug:
         name, task = event["name"], event.get("task")
+        if name.startswith(PREFIX):
+            continue
         for key, value in event.items():
             array = None if key in _X_KEYS or key in _TEXT_KEYS else _array(value)
             if array is None:
@@ -210,6 +213,7 @@ def payload(
                 "cost": _cost(run),
                 "inside": inside_payload(run, len(runs)),
                 "panels": _panels(run)[:_MOST_PANELS],
+                "drift": drift_payload(run),
                 "confusions": _confusions(run),
                 "alerts": [
                     {"text": str(a.get("text", "")), "task": a.get("task") if isinstance(a.get("task"), int) else None}

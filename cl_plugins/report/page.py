@@ -18,6 +18,7 @@ from bokeh.resources import Resources
 from cl_plugins.runs import Run, read_runs
 
 from . import _fragments as fragments
+from ._drift import CHARTS
 from ._figures import CHANGE, figures_json
 from ._numbers import group_runs, measures_of
 from ._payload import payload
@@ -27,7 +28,7 @@ from ._text import embedded_json, text
 _SCRIPTS = ("core.js", "charts.js", "compare.js", "methods.js", "inside.js", "main.js")
 _LIVE = "live.js"
 _PANEL = (
-    '<figure id="box-panel{0}"><figcaption></figcaption><div class="plot" id="plot-panel{0}" tabindex="0"></div>'
+    '<figure id="box-{0}"><figcaption></figcaption><div class="plot" id="plot-{0}" tabindex="0"></div>'
     '<div class="key"></div></figure>'
 )
 
@@ -78,6 +79,7 @@ def report_content(runs: Sequence[Run], title: str | None = None) -> dict[str, A
         "confusion": any(run["confusions"] for run in data["runs"]),
         "transfer": any(run["before"] or run["initial"] for run in data["runs"]),
         "inside": any(run["inside"] for run in data["runs"]),
+        "drift": any(run["drift"] for run in data["runs"]),
         "orders": any(run["order"] for run in data["runs"]),
         "html": {
             "heading": f"<bdi>{text(heading)}</bdi>",
@@ -104,6 +106,7 @@ def render_report(runs: Sequence[Run], title: str | None = None, *, live: bool =
     """
     content = report_content(runs, title)
     panels, confusion, transfer = content["panels"], content["confusion"], content["transfer"]
+    drift = CHARTS if content["drift"] else 0
     files = (*_SCRIPTS, _LIVE) if live else _SCRIPTS
     scripts = [_bokeh(), "\n".join(_asset(file) for file in files)]
     connect = "'self'" if live else "'none'"
@@ -117,14 +120,16 @@ def render_report(runs: Sequence[Run], title: str | None = None, *, live: bool =
         "title": text(content["title"]),
         "css": _asset("report.css"),
         "definitions": fragments.definitions(),
-        "panels": "".join(_PANEL.format(i) for i in range(panels)),
+        "panels": "".join(_PANEL.format(f"panel{i}") for i in range(panels)),
         "confusion": "" if confusion else " hidden",
         "has_transfer": "" if transfer else " hidden",
         "has_inside": "" if content["inside"] else " hidden",
         "has_orders": "" if content["orders"] else " hidden",
         "stream_width": "7" if content["orders"] else "12",
+        "drift": "".join(_PANEL.format(f"drift{i}") for i in range(drift)),
+        "has_drift": "" if drift else " hidden",
         "has_panels": "" if panels else " hidden",
-        "documents": figures_json(panels, confusion, transfer, content["inside"]),
+        "documents": figures_json(panels, confusion, transfer, content["inside"], drift),
         "data": embedded_json(content["data"]),
         "bokeh": scripts[0],
         "script": scripts[1],

@@ -176,24 +176,38 @@ const seconds = bars("seconds", [
 const parameters = bars("parameters", [{ label: "trainable", value: (c) => c.trainable ?? c.parameters, color: "--c0" }], "");
 const memory = bars("memory", [{ label: "peak", value: (c) => (isNumber(c.peak_bytes) ? c.peak_bytes / 2 ** 20 : null), color: "--c0" }], " MiB");
 
+/* The run whose drift is shown: the first one of the choice that was measured. */
+const drifted = () => view().runs.find((r) => r.drift);
+
+function driftNote(v) {
+  const run = drifted();
+  if (!run) return "This run has no measurement of drift.";
+  return `Features and confidences on the same probe set after each task.${v.runs.length > 1 ? ` One run: ${run.label}.` : ""}`;
+}
+
 /* A panel per quantity that a method reports: a matrix, or series over the stream. */
-function panel(index) {
+function panel(index, kind = "panel") {
+  const id = `${kind}${index}`;
   return {
-    get content() { return view().runs[0].panels[index]; },
+    get content() { return kind === "panel" ? view().runs[0].panels[index] : drifted()?.drift[index]; },
     draw() {
-      const p = this.content, plot = plots[`panel${index}`], box = byId(`box-panel${index}`);
+      const p = this.content, plot = plots[id], box = byId(`box-${id}`);
       box.hidden = !p;
       if (!p) return;
       box.querySelector("figcaption").textContent = p.unit ? `${p.name}, ${p.unit}` : p.name;
       const lines = { xs: [], ys: [], color: [], dash: [] }, points = { x: [], y: [], color: [], marker: [] };
-      const key = box.querySelector(".key, .scale");
+      const key = box.querySelector(".key, .scale"), numbers = (names) => new Map(p.signed ? names.map((name, k) => [k, name]) : []);
+      plot.left[0].ticker.min_interval = p.matrix ? 1 : 0;
+      plot.left[0].major_label_overrides = numbers(p.rows ?? []);
+      plot.below[0].major_label_overrides = numbers(p.columns ?? []);
       this.points = [];
       if (p.matrix) {
         const [rows, columns] = p.shape, finite = p.matrix.filter(isNumber), values = Float64Array.from(p.matrix, (x) => x ?? NaN);
         const low = Math.min(0, ...finite.slice(0, 5e4)), high = finite.reduce((a, b) => Math.max(a, b), -Infinity);
         range(plot, -0.5, columns - 0.5, rows - 0.5, -0.5);
-        heat(plot, values, rows, columns, cividis, low, high > low ? high : low + 1, null);
-        ramp(key, cividis, amount(low), amount(high), p.unit || "value", false);
+        const top = stepUp(largest(values)), scale = p.signed ? [[...PAGE.change].reverse(), -top, top] : [cividis, low, high > low ? high : low + 1];
+        heat(plot, values, rows, columns, ...scale, p.signed ? (x) => signed(x, 2) : null);
+        ramp(key, scale[0], p.signed ? `-${fmt(top, 2)} better` : amount(low), p.signed ? `+${fmt(top, 2)} worse` : amount(high), p.unit || (p.signed ? "" : "value"), false);
         key.className = "scale";
         plot.below[0].axis_label = p.titles[0].includes("$") ? "column" : p.titles[0];
         plot.left[0].axis_label = p.titles[1].includes("$") ? "row" : p.titles[1];
@@ -215,7 +229,7 @@ function panel(index) {
         });
         const xs = this.points.map((q) => q.x), ys = this.points.map((q) => q.y), low = Math.min(...ys), high = Math.max(...ys), room = (high - low) * 0.1 || Math.abs(high) * 0.1 || 1;
         if (xs.length) range(plot, Math.min(...xs) - 0.5, Math.max(...xs) + 0.5, low - room, high + room);
-        plot.below[0].axis_label = inTasks ? (single ? "task" : `task, ${p.x_title} within it`) : p.x_title;
+        plot.below[0].axis_label = inTasks ? (single ? (kind === "panel" ? "task" : "after task") : `task, ${p.x_title} within it`) : p.x_title;
         plot.left[0].axis_label = "";
         key.className = "key";
         key.replaceChildren(...labels.filter((l) => l).map((label, k) => {
@@ -229,7 +243,7 @@ function panel(index) {
       fill(plot, "points", points);
     },
     hover(x, y) {
-      const p = this.content, plot = plots[`panel${index}`];
+      const p = this.content, plot = plots[id];
       if (!p) return leave();
       if (p.matrix) {
         const [rows, columns] = p.shape, j = Math.round(x), i = Math.round(y);
@@ -247,7 +261,7 @@ function panel(index) {
       return tip(best.label || p.name, [...(isNumber(best.task) ? [["task", taskName(view(), best.task)]] : []), [p.x_title, amount(best.at)], ["value", `${amount(best.y)} ${p.unit}`]]);
     },
     mark(j) {
-      const p = this.content, plot = plots[`panel${index}`], on = p && !p.matrix && j >= 0 && p.lines.some((l) => l.task === j);
+      const p = this.content, plot = plots[id], on = p && !p.matrix && j >= 0 && p.lines.some((l) => l.task === j);
       fill(plot, "mark", on ? { left: [j - 0.45], right: [j + 0.45], bottom: [plot.y_range.start], top: [plot.y_range.end] } : { left: [], right: [], bottom: [], top: [] });
     },
   };

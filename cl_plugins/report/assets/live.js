@@ -15,7 +15,7 @@ function again(label) {
 
 function take(news) {
   if (!news.data) return;
-  if ((news.panels > 0 && !plots[`panel${news.panels - 1}`]) || (news.confusion && !plots.confusion) || (news.transfer && !plots.transfer) || (news.inside && !plots.inside) || (news.orders && byId("plot-orders").closest("section").hidden)) {
+  if ((news.panels > 0 && !plots[`panel${news.panels - 1}`]) || (news.confusion && !plots.confusion) || (news.transfer && !plots.transfer) || (news.inside && !plots.inside) || (news.drift && !plots.drift0) || (news.orders && byId("plot-orders").closest("section").hidden)) {
     sessionStorage.setItem("state", JSON.stringify({ ...state, label: view().label, scroll: scrollY }));
     location.reload();
     return;

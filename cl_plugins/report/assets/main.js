@@ -95,6 +95,7 @@ function draw() {
   const v = view();
   if (state.task >= v.tasks) { state.task = -1; state.pinned = false; }
   for (const tiles of document.querySelectorAll(".tiles")) tiles.hidden = tiles.dataset.selection !== state.selection;
+  if (charts.drift0) byId("drift-about").textContent = driftNote(v);
   if (charts.panel0) byId("panels-about").textContent = v.runs.length > 1 ? `What the plugins report; one run: ${v.runs[0].label}.` : "What the plugins report after each task.";
   for (const chart of Object.values(charts)) chart.draw();
   lede();
@@ -180,6 +181,7 @@ async function start() {
   if (plots.transfer) charts.transfer = transfer;
   if (plots.inside) charts.inside = inside;
   for (let k = 0; plots[`panel${k}`]; k++) charts[`panel${k}`] = panel(k);
+  for (let k = 0; plots[`drift${k}`]; k++) charts[`drift${k}`] = panel(k, "drift");
   if (view().tasks > MOST_LINES) byId("axis").value = state.axis = "age";
   choices();
   wire();

@@ -1,0 +1,332 @@
+"""Measures how features and confidences drift between task ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from cl_plugins import functional
+from cl_plugins.backbones import find_backbone
+from cl_plugins.drift import DriftRow, recency_of_row, size_by_kind
+from cl_plugins.evaluation import (
+    Predict,
+    default_predict,
+    evaluating,
+    evaluation_tasks,
+    forward_setting,
+    learned_after,
+    seen_classes,
+    split_batch,
+)
+from cl_plugins.heads import find_head
+from cl_plugins.plugin import ContinualCallback, Row, plugins_of
+from cl_plugins.result import StreamResult
+from cl_plugins.stream_state import StreamState, same_randomness
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+    from cl_plugins.task import Stream
+
+_MOST_TASKS = 20
+_CONFIDENCE, _CORRECT = 0, 1
+
+
+class DriftTracker(ContinualCallback):
+    """Effective rank, CKA, calibration, task confusion and memory at each task end, for report and result.
+
+    WHEN: after each task's evaluation, in one pass over a fixed probe set. Training is what it is without the callback,
+    to the last bit: nothing happens per batch, and the random generators go on where they stood.
+
+    Args:
+        probe: number of test samples, spread over all tasks of the stream (over 20 of them where there are more), the
+            first ones of each; or a list of batches of your own, whose tasks are then not told apart.
+        every: ``"task"``, or a number k for every k-th task and the last one.
+        bins: equal bins of the calibration error; 15 as in Guo et al. 2017.
+        head: dotted path of the classifier whose input is the feature, where it cannot be told.
+
+    Note:
+        The ECE of few samples is biased upward; a task gets ``probe / tasks`` of them. Compare values of equal numbers.
+
+    Raises:
+        ValueError: at the start of the stream, when a ``ForgettingDashboard`` stands before this callback.
+
+    Example:
+        >>> tracker = DriftTracker(probe=256)
+        >>> tracker.rows
+        []
+    """
+
+    training: ClassVar[Literal["required", "none", "neutral"]] = "neutral"
+
+    def __init__(
+        self,
+        probe: int | Sequence[Any] = 1024,
+        every: Literal["task"] | int = "task",
+        bins: int = 15,
+        head: str | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(probe, int) and probe < 2:
+            raise ValueError(f"`probe` must be at least 2 samples, got {probe!r}")
+        if not isinstance(probe, int) and (isinstance(probe, str) or not isinstance(probe, Sequence) or not probe):
+            raise ValueError(f"`probe` must be a number of samples or a list of batches, got {probe!r}")
+        if every != "task" and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
+            raise ValueError(f"`every` must be 'task' or a number of tasks of at least 1, got {every!r}")
+        if bins < 1:
+            raise ValueError(f"`bins` must be at least 1, got {bins!r}")
+        self.probe = probe
+        self.every = 1 if every == "task" else int(every)
+        self.bins = bins
+        self.head = head
+        self.rows: list[DriftRow] = []
+        """The measurements so far."""
+        self._first: Tensor | None = None
+        self._previous: Tensor | None = None
+        self._stream: Stream | None = None
+        self._trained: set[int] = set()
+
+    def on_stream_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stream: Stream) -> None:
+        """Begin without a measurement; a resume loads those there are."""
+        order = [type(p).__name__ for p in plugins_of(trainer)]
+        if "ForgettingDashboard" in order[: order.index(type(self).__name__)]:
+            raise ValueError(
+                "`callbacks` must hold the DriftTracker before the ForgettingDashboard, which records what it measured,"
+                f" got {', '.join(order)}"
+            )
+        self._stream, self.rows, self._first, self._previous = stream, [], None, None
+
+    def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Any) -> None:
+        """Forget what the last task trained."""
+        super().on_task_start(trainer, pl_module, task)
+        self._trained = set()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remember what this task trains."""
+        super().on_train_start(trainer, pl_module)
+        self._trained = {id(p) for p in pl_module.parameters() if p.requires_grad}
+
+    def on_row(self, trainer: pl.Trainer, pl_module: pl.LightningModule, row: Row) -> None:
+        """Measure."""
+        stream = self._stream
+        if stream is None or row.after < 0:
+            return
+        if (row.after + 1) % self.every and row.after + 1 < len(stream.tasks):
+            return
+        with same_randomness(), torch.no_grad():
+            self.rows.append(self._measure(trainer, pl_module, stream, row))
+
+    def on_stream_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, result: StreamResult) -> None:
+        """Put the measurements into the result."""
+        result.drift = list(self.rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The measurements and the two sets of features that later ones are compared with."""
+        features = {"first": self._first, "previous": self._previous}
+        kept = {k: v for k, v in features.items() if v is not None}
+        return {"rows": [row.to_dict() for row in self.rows], "features": kept}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the measurements of a checkpoint."""
+        self.rows = [DriftRow.from_dict(row) for row in state_dict["rows"]]
+        self._first, self._previous = (state_dict["features"].get(k) for k in ("first", "previous"))
+
+    def report_events(self, module: nn.Module) -> list[dict[str, Any]]:
+        """The latest measurement, as charts of the report."""
+        return drift_events(self.rows[-1]) if self.rows else []
+
+    # the measurement
+
+    def _measure(self, trainer: pl.Trainer, module: pl.LightningModule, stream: Stream, row: Row) -> DriftRow:
+        tasks = evaluation_tasks(stream)
+        count = learned_after(stream, row.after)
+        learned = [t.index for t in tasks if t.index < count]
+        before = learned_after(stream, row.after - 1) if row.after else 0
+        undefined: dict[str, str] = {}
+        features, judged, reason = self._pass(trainer, module, stream, row.after)
+        numbers: dict[str, Any] = {"effective_rank": None, "cka_first": None, "cka_previous": None}
+        if features is None:
+            undefined |= dict.fromkeys(numbers, reason)
+        else:
+            numbers["effective_rank"] = functional.effective_rank(features)
+            self._first = features if self._first is None else self._first
+            numbers["cka_first"] = functional.linear_cka(features, self._first).clamp(max=1.0)  # rounding
+            if self._previous is None:
+                undefined["cka_previous"] = "the first measurement has none before it"
+            else:
+                numbers["cka_previous"] = functional.linear_cka(features, self._previous).clamp(max=1.0)
+            self._previous = features
+        of_learned = {k: v for k, v in judged.items() if k < count}
+        errors = {k: self._error(v) for k, v in of_learned.items() if k >= 0 and len(v)}
+        pooled = [v for v in of_learned.values() if len(v)]
+        numbers["calibration_error"] = self._error(torch.cat(pooled)) if pooled else None
+        if not pooled:
+            undefined["calibration_error"] = "the labels name no single class per sample"
+        numbers |= recency_of_row(row, learned, [j for j in learned if j >= before])
+        for name in ("task_error", "recency_bias", "recency_pull"):
+            if numbers[name] is None:
+                second = "before the second task, or without an error on an old task"
+                undefined[name] = second if row.confusion else "tasks share classes, or too many tasks for a table"
+        drift = {}
+        learned_at = StreamResult.for_stream(stream).learned_at or []
+        for j, now in errors.items():
+            at = next((r.task_calibration_error for r in self.rows if r.after == learned_at[j]), {})
+            if j in at:
+                drift[j] = now - at[j]
+        methods = [p.state_dict() for p in plugins_of(trainer) if p.training != "neutral"]
+        counts, sizes = size_by_kind(module, self._trained, methods)
+        plain = {k: _plain(v) for k, v in numbers.items()}
+        for name, value in plain.items():
+            if value is None:
+                undefined.setdefault(name, "the features are constant")
+        n = len(features) if features is not None else sum(map(len, judged.values()))
+        return DriftRow(
+            row.after, n, **plain, task_calibration_error=errors, calibration_drift=drift, parameters=counts,
+            bytes=sizes, undefined=undefined,
+        )  # fmt: skip
+
+    def _error(self, judged: Tensor) -> float:
+        return float(functional.expected_calibration_error(judged[:, _CONFIDENCE], judged[:, _CORRECT], self.bins))
+
+    def _batches(self, stream: Stream, rank: int, world: int) -> Iterator[tuple[int, int, Iterable[Any]]]:
+        """Task, most samples of this process, batches; task -1 for a probe set of the user."""
+        if not isinstance(self.probe, int):
+            yield -1, 1 << 62, self.probe
+            return
+        tasks = list(evaluation_tasks(stream))
+        if len(tasks) > _MOST_TASKS:
+            places = torch.linspace(0, len(tasks) - 1, _MOST_TASKS).round().long().tolist()
+            tasks = [tasks[k] for k in places]
+        for task in tasks:
+            wanted = range(rank, -(-self.probe // len(tasks)), world)  # as the loaders split the samples
+            yield task.index, len(wanted), stream.test_loader(task.index)
+
+    def _predict(self, trainer: pl.Trainer, stream: Stream) -> Predict:
+        """How the stream's own evaluation predicts."""
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        own: Predict = getattr(stream, "predict", default_predict)
+        told = next((c.predict for c in callbacks if isinstance(c, StreamState)), None)
+        predict = own if told is None else told
+        if predict == own:
+            for plugin in plugins_of(trainer):
+                predict = plugin.predictor(predict)
+        return predict
+
+    def _pass(
+        self, trainer: pl.Trainer, module: pl.LightningModule, stream: Stream, after: int
+    ) -> tuple[Tensor | None, dict[int, Tensor], str]:
+        """Features ``(samples, dim)`` or None with the reason; per task confidence and correctness ``(samples, 2)``."""
+        device, precision, move = forward_setting(module, trainer)
+        seen, predict = seen_classes(stream, after).to(device), self._predict(trainer, stream)
+        shared = trainer.world_size > 1 and torch.distributed.is_initialized()
+        world = trainer.world_size if shared and isinstance(self.probe, int) else 1
+        taken: list[Tensor] = []
+        head, reason = self._find_head(module)
+        handle = head.register_forward_pre_hook(_keep(taken)) if head is not None else None
+        features: list[Tensor] = []
+        judged: dict[int, Tensor] = {}
+        try:
+            with evaluating(module), precision:
+                for task, most, batches in self._batches(stream, trainer.global_rank if world > 1 else 0, world):
+                    table, found, why = _read(module, batches, most, move, predict, seen, taken)
+                    reason = reason or why
+                    if world > 1:
+                        table, found = _interleave(table, device), _interleave(found, device)
+                    judged[task] = table
+                    features.append(found)
+        finally:
+            if handle is not None:
+                handle.remove()
+        if not reason and sum(map(len, features)) < 2:
+            reason = "fewer than 2 samples in the probe set"
+        return (None if reason else torch.cat(features)), judged, reason
+
+    def _find_head(self, module: nn.Module) -> tuple[nn.Module | None, str]:
+        if self.head is not None:
+            return find_head(module, None, self.head)[1], ""
+        try:
+            return find_head(module, find_backbone(module))[1], ""
+        except ValueError as error:
+            return None, f"no feature to read: {error}"
+
+
+def _keep(taken: list[Tensor]) -> Callable[..., None]:
+    """A hook that keeps the classifier's input."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        taken.append(args[0].detach())
+
+    return hook
+
+
+def _read(
+    module: nn.Module,
+    batches: Iterable[Any],
+    most: int,
+    move: Callable[[Any], Any],
+    predict: Predict,
+    seen: Tensor,
+    taken: list[Tensor],
+) -> tuple[Tensor, Tensor, str]:
+    """Confidence and correctness ``(samples, 2)`` and features of the first ``most`` samples, on the CPU."""
+    judged, features, reason, count = [torch.zeros(0, 2)], [], "", 0
+    for raw in batches:
+        if count >= most:
+            break
+        batch = move(raw)
+        taken.clear()
+        logits = predict(module, batch)[:, : len(seen)].float()
+        labels = split_batch(batch)[1]
+        if len(taken) == 1 and taken[0].ndim == 2 and len(taken[0]) == len(labels):
+            features.append(taken[0][: most - count].float().cpu())
+        else:
+            reason = reason or f"the classifier must run once per batch on one vector per sample, it ran {len(taken)} x"
+        if labels.ndim == 1:
+            share, named = logits.masked_fill(~seen[: logits.shape[1]], -torch.inf).softmax(1).max(1)
+            judged.append(torch.stack([share, (named == labels).float()], 1)[: most - count].cpu())
+        count += len(labels)
+    return torch.cat(judged), torch.cat(features) if features else torch.zeros(0, 0), reason
+
+
+def _interleave(local: Tensor, device: torch.device) -> Tensor:
+    """Rows of all processes in the order of the data set, of which sample i is with process ``i % world``."""
+    world = torch.distributed.get_world_size()
+    shape = torch.tensor([len(local), local.shape[1]], device=device)
+    shapes = [torch.zeros_like(shape) for _ in range(world)]
+    torch.distributed.all_gather(shapes, shape)
+    lengths, width = [int(s[0]) for s in shapes], max(int(s[1]) for s in shapes)
+    padded = torch.zeros(max(lengths), width, device=device)
+    if len(local):
+        padded[: len(local)] = local.to(device)
+    parts = [torch.zeros_like(padded) for _ in range(world)]
+    torch.distributed.all_gather(parts, padded)
+    whole = torch.stack(parts, 1)
+    held = torch.arange(len(padded))[:, None] < torch.tensor(lengths)[None, :]
+    return whole[held.to(device)].cpu()
+
+
+def _plain(value: Any) -> float | None:
+    number = None if value is None else float(value)
+    return number if number is not None and number == number else None
+
+
+def drift_events(row: DriftRow) -> list[dict[str, Any]]:
+    """A measurement as events of the run store: a number or a line per chart."""
+    events: list[dict[str, Any]] = []
+
+    def tell(name: str, **values: Any) -> None:
+        known = {k: v for k, v in values.items() if v is not None}
+        if known:
+            events.append({"name": f"drift/{name}", "task": row.after, **known})
+
+    tell("effective rank", value=row.effective_rank)
+    tell("linear CKA", first=row.cka_first, previous=row.cka_previous)
+    tell("expected calibration error", value=row.calibration_error)
+    tell("task confusion", task_error=row.task_error, recency_bias=row.recency_bias, recency_pull=row.recency_pull)
+    tell("memory by kind", unit="bytes", **row.bytes)
+    if row.calibration_drift:
+        tell("calibration drift per task", x=list(row.calibration_drift), values=list(row.calibration_drift.values()))
+    return events
