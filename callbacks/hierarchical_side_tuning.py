@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 from torch import nn
 
@@ -107,6 +107,7 @@ class LeanHierarchicalSideTuning(SideCallback):
             drop_path=self.drop_path,
             channels=int(getattr(stem, "in_channels", 3)),
             layout=token_layout(backbone),
+            blocks=backbone.blocks if self.registers else (),
         )
 
 
@@ -114,7 +115,9 @@ class HierarchicalSideTuning(LeanHierarchicalSideTuning):
     """Trains a pyramid, register tokens in every block and the norms of the backbone's blocks, as published.
 
     Few parameters, but not little memory: registers and norms keep the graph of the whole backbone, more than full
-    fine-tuning on small backbones. Taps cannot be cached, and all tasks share one pyramid.
+    fine-tuning on small backbones. Taps cannot be cached. The trained norms are copies that belong to the side network:
+    the backbone computes with them in its pass for that side network and keeps its own. With one side network per task
+    an evaluation takes a pass through the backbone for each task beside the one that chooses between them.
 
     WHEN: as :class:`~cl_plugins.callbacks._side.SideCallback`.
 
@@ -124,7 +127,10 @@ class HierarchicalSideTuning(LeanHierarchicalSideTuning):
         heads: of the four levels.
         depths: side blocks per level, in sum the backbone's blocks; evenly when None.
         drop_path: of the last side block, rising linearly from 0.
-        regime: "shared" or "first_session".
+        regime: "shared", "first_session", "per_task" or "per_task_dense".
+        routing: who answers in the evaluation of the per-task regimes: "prototype", "logits", "posterior" or
+            "both"; see :mod:`cl_plugins.adapters.side_bank`.
+        warm_start: begin a new task's pyramid, registers and norms with those of the task before.
         backbone: dotted name of the transformer, for modules with several.
         head: dotted name of the classifier, for modules where it cannot be told.
         seed: of the initial weights.
@@ -133,8 +139,6 @@ class HierarchicalSideTuning(LeanHierarchicalSideTuning):
         ValueError: for an unknown option; at ``setup`` for a backbone with fewer than four blocks, or a classifier
             narrower than the last level.
     """
-
-    regimes: ClassVar[tuple[str, ...]] = ("shared", "first_session")
 
     def __init__(
         self,
@@ -145,6 +149,8 @@ class HierarchicalSideTuning(LeanHierarchicalSideTuning):
         depths: Sequence[int] | None = None,
         drop_path: float = 0.0,
         regime: Regime = "shared",
+        routing: Routing = "both",
+        warm_start: bool = False,
         backbone: str | None = None,
         head: str | None = None,
         seed: int = 0,
@@ -155,6 +161,8 @@ class HierarchicalSideTuning(LeanHierarchicalSideTuning):
             depths=depths,
             drop_path=drop_path,
             regime=regime,
+            routing=routing,
+            warm_start=warm_start,
             backbone=backbone,
             head=head,
             seed=seed,
@@ -164,14 +172,6 @@ class HierarchicalSideTuning(LeanHierarchicalSideTuning):
                 f"`registers` must be 1 or more, got {registers!r}; LeanHierarchicalSideTuning does without them"
             )
         self.registers = registers
-
-    def _norms(self, module: nn.Module) -> dict[str, nn.Parameter]:
-        return {
-            f"block {i} {name}": parameter
-            for i, block in enumerate(find_backbone(module, self.backbone).blocks)
-            for name, parameter in block.named_parameters()
-            if name.split(".")[0] in ("norm1", "norm2", "ln_1", "ln_2")
-        }
 
     def install(self, module: nn.Module) -> None:
         """Attach, freeze, and let the norms of the blocks train.
@@ -186,19 +186,6 @@ class HierarchicalSideTuning(LeanHierarchicalSideTuning):
                 " would miss; call set_grad_checkpointing(False), or use LeanHierarchicalSideTuning"
             )
         super().install(module)
-        self._set_norms(module)
-
-    def start_task(self, module: nn.Module, task: Any) -> None:
-        """Prepare the task; after the first session the norms are frozen with the pyramid."""
-        super().start_task(module, task)
-        self._set_norms(module)
-
-    def _set_norms(self, module: nn.Module) -> None:
-        trains = self.regime == "shared" or int(self.bank(module).started) <= 1
-        for parameter in self._norms(module).values():
-            parameter.requires_grad_(trains)
-            if not trains:
-                parameter.grad = None
 
     def conflict(self, other: ContinualCallback, module: nn.Module) -> str | None:
         """A cache of features, which the registers and norms keep changing."""
@@ -208,8 +195,3 @@ class HierarchicalSideTuning(LeanHierarchicalSideTuning):
                 " LeanHierarchicalSideTuning does without them"
             )
         return super().conflict(other, module)
-
-    def own_parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
-        """The pyramid's and the registers' parameters, the blocks' norms, the classifier."""
-        norms = {n: p for n, p in self._norms(module).items() if p.requires_grad}
-        return {**norms, **super().own_parameters(module)}

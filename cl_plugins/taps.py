@@ -10,7 +10,7 @@ taken once can be stored and replayed (see :mod:`cl_plugins.feature_cache`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -37,6 +37,19 @@ class TapRecord:
     image: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Adaptation:
+    """What a side network of its own puts into the frozen backbone for as long as a pass lasts.
+
+    Attributes:
+        registers: for each block, learned tokens ``(1, registers, dim)`` in front of the others.
+        norms: for each block, weights by the norm's name and theirs, such as ``norms[0]["norm1"]["weight"]``.
+    """
+
+    registers: tuple[Tensor, ...]
+    norms: tuple[Mapping[str, Mapping[str, nn.Parameter]], ...] = ()
+
+
 class SideNetwork(nn.Module):
     """Base of the networks beside a backbone: maps a record of taps to the feature in front of the classifier.
 
@@ -61,6 +74,10 @@ class SideNetwork(nn.Module):
     def undecayed(self) -> list[nn.Parameter]:
         """Gates and mixing weights, which weight decay must leave alone."""
         return []
+
+    def adaptation(self) -> Adaptation | None:
+        """What the backbone must be given while its taps are taken; None for the backbone as it is."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -142,6 +159,8 @@ class BackboneTaps(nn.Module):
         self.whole_in_eval = False
         self.frozen = True
         self.registers: Sequence[Tensor] = ()
+        self.norms: Sequence[Mapping[str, Mapping[str, nn.Parameter]]] = ()
+        self.choose: Callable[[], SideNetwork | None] | None = None
         self.reader: Callable[[Tensor], tuple[TapRecord, Tensor]] | None = None
         self._backbone = (backbone,)  # in a tuple, so that its weights are not saved twice
         self._record: TapRecord | None = None
@@ -225,15 +244,40 @@ class BackboneTaps(nn.Module):
             return self._replay(x)
         if model.training:  # a parent's train() flips it each epoch
             model.eval()
+        if self.choose is not None:
+            self._adapt(self.choose())
         self._record = TapRecord(image=x.detach() if self.wants_image else None)
         self._running = True
         try:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            with (
+                torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen),
+                _exchanged(self.backbone.blocks, self.norms),
+            ):
                 return getattr(type(model), self._method)(model, x, *args, **kwargs)
         except _Enough:
             return self._blank(len(x), x)
         finally:
             self._running = False
+
+    def _adapt(self, side: SideNetwork | None) -> None:
+        adaptation = None if side is None else side.adaptation()
+        self.registers, self.norms = ((), ()) if adaptation is None else (adaptation.registers, adaptation.norms)
+        self.frozen = adaptation is None  # what was put in must receive gradients through the backbone
+
+    def again(self, image: Tensor, side: SideNetwork) -> TapRecord:
+        """The taps of a further pass, in which ``side`` adapts the backbone.
+
+        Args:
+            image: what the backbone was given.
+            side: one of the networks beside it.
+        """
+        before = self.choose, self.needs_final, self.whole_in_eval
+        self.choose, self.needs_final, self.whole_in_eval = lambda: side, False, False
+        try:
+            self._forward(image)
+        finally:
+            self.choose, self.needs_final, self.whole_in_eval = before
+        return self.take()
 
     def _replay(self, ids: Tensor) -> Tensor:
         if self.reader is None:
@@ -299,6 +343,25 @@ def backbone_taps(module: nn.Module, backbone: Backbone, head: nn.Module) -> Bac
     taps = plugins["taps"]  # type: ignore[assignment]
     assert isinstance(taps, BackboneTaps)
     return taps
+
+
+@contextmanager
+def _exchanged(
+    blocks: Sequence[nn.Module], norms: Sequence[Mapping[str, Mapping[str, nn.Parameter]]]
+) -> Iterator[None]:
+    """The blocks compute with other weights of their norms inside; without ``norms`` nothing changes."""
+    own: list[tuple[nn.Module, str, nn.Parameter]] = []
+    try:
+        for block, of_block in zip(blocks, norms, strict=False):
+            for name, values in of_block.items():
+                norm = getattr(block, name)
+                for key, value in values.items():
+                    own.append((norm, key, getattr(norm, key)))
+                    setattr(norm, key, value)
+        yield
+    finally:
+        for norm, key, value in own:
+            setattr(norm, key, value)
 
 
 @contextmanager

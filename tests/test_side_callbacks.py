@@ -26,7 +26,7 @@ from cl_plugins.callbacks import (
 )
 from cl_plugins.heads import HIDDEN_LOGIT
 from tests._helpers import PlainModule, quiet_trainer, tiny_stream, tiny_vit
-from tests._side import METHODS, PYRAMID, ClipModule, clip_tower, images, started, train
+from tests._side import ALL_METHODS, METHODS, PYRAMID, ClipModule, clip_tower, images, started, train
 
 # open_clip, dense outputs, copies and checkpoints
 
@@ -72,17 +72,17 @@ def test_dense_features_follow_timm():
         HierarchicalFeatures(vit_glyph(num_classes=0), registers=1)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ALL_METHODS)
 def test_state_restores_the_number_of_side_networks(name):
     module = PlainModule(tiny_vit(depth=4))
-    train(module, METHODS[name](regime="per_task_dense"))
-    fresh = started(METHODS[name](regime="per_task_dense"), PlainModule(tiny_vit(depth=4, seed=1)))
+    train(module, ALL_METHODS[name](regime="per_task_dense"))
+    fresh = started(ALL_METHODS[name](regime="per_task_dense"), PlainModule(tiny_vit(depth=4, seed=1)))
     fresh.load_state_dict(module.state_dict(), strict=True)
     with torch.no_grad():
         assert torch.equal(fresh.eval()(images()), module.eval()(images()))
     flags = [[p.requires_grad for p in m.plugins["side"].parameters()] for m in (fresh, module)]
     assert flags[0] == flags[1]
-    fewer = started(METHODS[name](regime="per_task_dense"), PlainModule(tiny_vit(depth=4)))
+    fewer = started(ALL_METHODS[name](regime="per_task_dense"), PlainModule(tiny_vit(depth=4)))
     module.load_state_dict(fewer.state_dict(), strict=True)
     assert len(module.plugins["side"].sides) == len(module.plugins["side"].mix) == 1
 
