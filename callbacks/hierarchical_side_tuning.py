@@ -24,7 +24,8 @@ from cl_plugins.adapters.hierarchical_side import HierarchicalSide
 from cl_plugins.adapters.side_bank import Regime, Routing
 from cl_plugins.backbones import Backbone, find_backbone
 from cl_plugins.plugin import ContinualCallback
-from cl_plugins.taps import SideNetwork, token_layout
+from cl_plugins.taps import SideNetwork
+from cl_plugins.tokens import token_layout
 
 from ._side import SideCallback
 from .cache_features import CacheFeatures
@@ -89,7 +90,16 @@ class LeanHierarchicalSideTuning(SideCallback):
         self.drop_path = drop_path
 
     def factory(self, backbone: Backbone, head: nn.Linear) -> Callable[[], SideNetwork]:
-        """A pyramid with one block for each of the backbone's."""
+        """A pyramid with one block for each of the backbone's.
+
+        Raises:
+            ValueError: for a text tower, or a classifier narrower than the last level.
+        """
+        if backbone.kind == "text":
+            raise ValueError(
+                f"`backbone` must read images for {type(self).__name__}, whose pyramid stands on the image, got a text"
+                " tower; use LadderSideTuning, Sherl or SideTuning"
+            )
         if self.widths[-1] > head.in_features:
             raise ValueError(
                 f"`widths` must end with at most {head.in_features}, the classifier's input, got {self.widths!r}"
@@ -179,7 +189,8 @@ class HierarchicalSideTuning(LeanHierarchicalSideTuning):
         Raises:
             ValueError: for a backbone with gradient checkpointing, which would run the blocks again without registers.
         """
-        parts = (find_backbone(module, self.backbone).model, *find_backbone(module, self.backbone).model.children())
+        model = find_backbone(module, self.backbone, text=True).model
+        parts = (model, *model.children())
         if any(getattr(part, "grad_checkpointing", False) for part in parts):
             raise ValueError(
                 "`grad_checkpointing` must be off for HierarchicalSideTuning, whose registers the second forward pass"

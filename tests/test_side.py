@@ -23,7 +23,8 @@ from cl_plugins.callbacks import (
     SideTuning,
 )
 from cl_plugins.side_routing import TaskRouter
-from cl_plugins.taps import BackboneTaps, TapRecord, TokenLayout, patch_grid, run_late, tapping
+from cl_plugins.taps import BackboneTaps, TapRecord, tapping
+from cl_plugins.tokens import TokenLayout, patch_grid, run_late
 from tests._helpers import PlainModule, quiet_trainer, tiny_stream, tiny_vit
 from tests._side import METHODS, clip_tower, images, saved_bytes, started
 

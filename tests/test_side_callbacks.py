@@ -140,21 +140,11 @@ def test_dense_example_runs():
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_text_transformers_are_refused_with_the_reason(name):
-    from open_clip.model import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
-    from open_clip.transformer import TextTransformer
+def test_language_models_are_refused_with_the_reason(name):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"width": 16, "heads": 2, "layers": 4}
-    text = TextTransformer(context_length=8, vocab_size=20, output_dim=12, **sizes)
-    with pytest.raises(ValueError, match="found only the text transformer 'TextTransformer'; its tokens attend to"):
-        METHODS[name]().install(text)
     config = LlamaConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=20
     )
     with pytest.raises(ValueError, match=r"found only the text transformer 'model'.*LoRA and MoRA take text"):
         METHODS[name]().install(LlamaForCausalLM(config))
-    vision = CLIPVisionCfg(image_size=8, patch_size=4, layers=4, width=16, head_width=8)
-    clip = CustomTextCLIP(12, vision, CLIPTextCfg(context_length=8, vocab_size=20, **sizes))
-    with pytest.raises(ValueError, match=r"open_clip vision tower, got 'text', .*end of the text"):
-        METHODS[name](backbone="text").install(clip)

@@ -30,7 +30,8 @@ from torch.nn import functional as F
 from cl_plugins._text import did_you_mean
 from cl_plugins.heads import HIDDEN_LOGIT
 from cl_plugins.side_routing import TaskRouter
-from cl_plugins.taps import BackboneTaps, SideNetwork, TapRecord, project
+from cl_plugins.taps import BackboneTaps, SideNetwork, TapRecord
+from cl_plugins.tokens import project
 
 Regime = Literal["shared", "first_session", "per_task", "per_task_dense"]
 Routing = Literal["prototype", "logits", "posterior", "both"]
@@ -298,9 +299,7 @@ class SideBank(nn.Module):
         for task in range(len(self.sides)):
             rows = (chosen == task).nonzero()[:, 0]
             if len(rows):
-                image = None if record.image is None else record.image[rows]
-                part = TapRecord({i: tap[rows] for i, tap in record.taps.items()}, image)
-                own = self._feature(part, base[rows], task)
+                own = self._feature(record.rows(rows), base[rows], task)
                 columns, values = self._rows(own, task)
                 feature[rows] = own.to(feature.dtype)
                 logits[rows[:, None], columns] = values.to(logits.dtype)
