@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, cast
 
 from torch import nn
 
@@ -25,7 +24,7 @@ from cl_plugins.adapters.side_bank import Regime, Routing
 from cl_plugins.backbones import Backbone, find_backbone
 from cl_plugins.plugin import ContinualCallback
 from cl_plugins.taps import SideNetwork
-from cl_plugins.tokens import token_layout
+from cl_plugins.tokens import check_free_positions, check_tokens, image_channels, token_layout
 
 from ._side import SideCallback
 from .cache_features import CacheFeatures
@@ -93,7 +92,8 @@ class LeanHierarchicalSideTuning(SideCallback):
         """A pyramid with one block for each of the backbone's.
 
         Raises:
-            ValueError: for a text tower, or a classifier narrower than the last level.
+            ValueError: for a text tower, a backbone whose tokens do not fit, or a classifier narrower than the last
+                level.
         """
         if backbone.kind == "text":
             raise ValueError(
@@ -104,8 +104,9 @@ class LeanHierarchicalSideTuning(SideCallback):
             raise ValueError(
                 f"`widths` must end with at most {head.in_features}, the classifier's input, got {self.widths!r}"
             )
-        model = cast("Any", backbone.model)
-        stem = model.conv1 if backbone.kind == "open_clip" else model.patch_embed.proj
+        check_tokens(backbone)
+        if self.registers:
+            check_free_positions(backbone, type(self).__name__)
         return partial(
             HierarchicalSide,
             backbone.embed_dim,
@@ -115,7 +116,7 @@ class LeanHierarchicalSideTuning(SideCallback):
             heads=self.heads,
             depths=self.depths,
             drop_path=self.drop_path,
-            channels=int(getattr(stem, "in_channels", 3)),
+            channels=image_channels(backbone),
             layout=token_layout(backbone),
             blocks=backbone.blocks if self.registers else (),
         )

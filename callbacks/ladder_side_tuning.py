@@ -24,13 +24,13 @@ from torch.nn.functional import cross_entropy
 
 from cl_plugins.adapters.ladder import Drop, Gate, LadderSide, check_layers, kept_layers
 from cl_plugins.adapters.side_bank import Regime, Routing, check_choice
-from cl_plugins.adapters.side_pruning import fisher_importance, initialize_ladder
+from cl_plugins.adapters.side_pruning import canonical_weights, fisher_importance, initialize_ladder
 from cl_plugins.backbones import Backbone, find_backbone
 from cl_plugins.cached_stream import uncached
 from cl_plugins.evaluation import default_predict, evaluating, split_batch, to_device
 from cl_plugins.plugin import module_device
 from cl_plugins.taps import SideNetwork
-from cl_plugins.tokens import token_layout
+from cl_plugins.tokens import check_tokens, token_layout
 
 from ._side import SideCallback
 
@@ -105,14 +105,22 @@ class LadderSideTuning(SideCallback):
         self.fisher_samples = fisher_samples
 
     def factory(self, backbone: Backbone, head: nn.Linear) -> Callable[[], SideNetwork]:
-        """A ladder in the proportions of the backbone."""
+        """A ladder in the proportions of the backbone.
+
+        Raises:
+            ValueError: for layers or a reduction that do not fit, or a backbone whose tokens do not.
+        """
+        check_tokens(backbone)
+        if self.init != "random":
+            canonical_weights(backbone)  # what cannot be pruned is told here
         block, depth = cast("Any", backbone.blocks[0]), len(backbone.blocks)
         layers = kept_layers(depth, self.layers) if isinstance(self.layers, str) else check_layers(self.layers, depth)
         if backbone.kind == "timm":
-            norm, hidden, activation = block.norm1, block.mlp.fc1.out_features, type(block.mlp.act)
-            bias = block.attn.qkv.bias is not None
+            norm, hidden, activation = block.norm1, block.mlp.fc2.in_features, type(block.mlp.act)
+            queries = getattr(block.attn, "qkv", None) or block.attn.q_proj
+            bias = queries.bias is not None
         else:
-            norm, hidden, activation = block.ln_1, block.mlp.c_fc.out_features, type(block.mlp.gelu)
+            norm, hidden, activation = block.ln_1, block.mlp.c_proj.in_features, type(block.mlp.gelu)
             bias = block.attn.in_proj_bias is not None
         return partial(
             LadderSide,

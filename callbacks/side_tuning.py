@@ -27,7 +27,7 @@ from cl_plugins.evaluation import evaluating, split_batch, to_device
 from cl_plugins.features import feature
 from cl_plugins.plugin import module_device
 from cl_plugins.taps import SideNetwork, TapRecord
-from cl_plugins.tokens import text_pool
+from cl_plugins.tokens import image_channels, text_pool
 
 from ._side import SideCallback
 
@@ -91,13 +91,11 @@ class SideTuning(SideCallback):
 
     def factory(self, backbone: Backbone, head: nn.Linear) -> Callable[[], SideNetwork]:
         """A convolutional network with the width of the backbone's feature, on the image or on the text's tokens."""
-        model = cast("Any", backbone.model)
         if backbone.kind == "text":
             ends = text_pool(backbone) in ("argmax", "eos")
-            vocabulary = int(model.token_embedding.num_embeddings)
+            vocabulary = int(cast("Any", backbone.model).token_embedding.num_embeddings)
             return partial(AlphaSide, head.in_features, self.width, self.merge, vocabulary=vocabulary, ends=ends)
-        stem = model.conv1 if backbone.kind == "open_clip" else model.patch_embed.proj
-        return partial(AlphaSide, head.in_features, self.width, self.merge, int(getattr(stem, "in_channels", 3)))
+        return partial(AlphaSide, head.in_features, self.width, self.merge, image_channels(backbone))
 
     def initialize(self, module: nn.Module, loader: Iterable[Any]) -> None:
         """Let the new side network learn the backbone's feature; for hand-written loops.

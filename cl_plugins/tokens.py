@@ -10,6 +10,7 @@ By the ``kind`` of a backbone:
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +67,67 @@ def patch_grid(tokens: int, height: int, width: int) -> tuple[int, int]:
     if tokens % rows:
         raise ValueError(f"the patches must fill a grid like the image of {height} x {width}, got {tokens} patches")
     return rows, tokens // rows
+
+
+def check_tokens(backbone: Backbone) -> None:
+    """Refuse backbones whose blocks do not hold all their tokens.
+
+    Raises:
+        ValueError: for one whose class token joins in blocks of its own, behind those that can be tapped.
+    """
+    for name, child in backbone.model.named_children():
+        further = isinstance(child, nn.ModuleList | nn.Sequential) and any(hasattr(b, "attn") for b in child)
+        if backbone.kind == "timm" and name != "blocks" and further:
+            raise ValueError(
+                f"the backbone must attend in `blocks` alone, got {type(backbone.model).__name__}, whose class token"
+                f" only joins in {name!r}; use SideTuning, which reads no tokens"
+            )
+
+
+def check_plain_blocks(backbone: Backbone, method: str) -> None:
+    """Refuse backbones whose blocks need more than tokens, for what runs blocks itself.
+
+    Args:
+        backbone: to look at.
+        method: in the error's words.
+
+    Raises:
+        ValueError: for blocks that are given rotary or shared relative positions, or the shape of the map.
+    """
+    given = list(inspect.signature(backbone.blocks[0].forward).parameters.values())[1:]
+    bare = [p.name for p in given if p.default is inspect.Parameter.empty]
+    shared = [n for n in ("rope", "rel_pos_bias", "shared_rel_pos") if getattr(backbone.model, n, None) is not None]
+    if backbone.kind == "timm" and (bare or shared):
+        raise ValueError(
+            f"the backbone's blocks must take tokens alone for {method}, got {type(backbone.model).__name__}, which"
+            f" hands them {', '.join(bare + shared)}; use LadderSideTuning or SideTuning"
+        )
+
+
+def check_free_positions(backbone: Backbone, method: str) -> None:
+    """Refuse backbones whose attention counts its tokens, for what puts more of them in.
+
+    Args:
+        backbone: to look at.
+        method: in the error's words.
+
+    Raises:
+        ValueError: for attention with rotary positions or relative ones.
+    """
+    check_plain_blocks(backbone, method)
+    attention: Any = getattr(backbone.blocks[0], "attn", None)
+    if any(getattr(attention, n, None) is not None for n in ("rel_pos", "relative_position_bias_table")):
+        raise ValueError(
+            f"the backbone's attention must take any number of tokens for {method}, got"
+            f" {type(backbone.model).__name__} with relative positions; use LeanHierarchicalSideTuning"
+        )
+
+
+def image_channels(backbone: Backbone) -> int:
+    """Channels of the images that a backbone takes."""
+    model: Any = backbone.model
+    stem = model.patch_embed if backbone.kind == "timm" else model.conv1
+    return next((int(m.in_channels) for m in stem.modules() if isinstance(m, nn.Conv2d)), 3)
 
 
 def text_pool(backbone: Backbone) -> str:

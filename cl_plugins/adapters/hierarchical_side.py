@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from cl_plugins.adapters.strided_conv import StridedConv
 from cl_plugins.backbones import find_backbone
 from cl_plugins.taps import Adaptation, BackboneTaps, SideNetwork, TapRecord
-from cl_plugins.tokens import TokenLayout, patch_grid, token_layout
+from cl_plugins.tokens import TokenLayout, check_tokens, patch_grid, token_layout
 
 STRIDES = (4, 8, 16, 32)
 """Of the pyramid's levels, in pixels."""
@@ -293,6 +293,7 @@ class HierarchicalFeatures(nn.Module):
         super().__init__()
         self.model = model.requires_grad_(False)
         backbone = find_backbone(model)
+        check_tokens(backbone)
         self.side = HierarchicalSide(
             backbone.embed_dim, len(backbone.blocks), layout=token_layout(backbone), **{"registers": 0, **options}
         )

@@ -161,7 +161,22 @@ def canonical_weights(backbone: Backbone, values: Mapping[str, Tensor] | None = 
             f"the backbone must have plain pre-norm blocks to be pruned, got {type(backbone.model).__name__} without"
             f" {', '.join(missing[:4])}; use init='random'"
         )
+    if values is None:
+        _check_chain(found, chain, type(backbone.model).__name__)
     return {k: v for k, v in found.items() if k.rpartition(".")[0] in {n for group in chain for n in group}}
+
+
+def _check_chain(weights: Mapping[str, Tensor], chain: Chain, model: str) -> None:
+    """Raise a ValueError where a layer's columns are not the rows of the one before, as in gated layers."""
+    rows: int | None = None
+    for group in chain:
+        weight = weights[f"{group[0]}.weight"]
+        if rows is not None and (weight.shape[1] if weight.ndim > 1 else len(weight)) != rows:
+            raise ValueError(
+                f"the backbone must have plain feed-forward layers to be pruned, got {model}, where"
+                f" {group[0]!r} does not take the {rows} values of the layer before; use init='random'"
+            )
+        rows = len(weight)
 
 
 def vit_chain(depth: int, final_norm: bool = True) -> list[tuple[str, ...]]:
