@@ -289,31 +289,38 @@ class BackboneTaps(nn.Module):
     def _substitute(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (self.base_feature(args[0]), *args[1:])
 
-    def _tokens_first(self, tokens: Tensor) -> Tensor:
-        """``(batch, tokens, dim)`` of a block's input or output, which old open_clip towers give tokens first."""
+    @property
+    def _batch_first(self) -> bool:
+        """Whether blocks take ``(batch, tokens, dim)``; old open_clip towers have the tokens first."""
         transformer = getattr(self.backbone.model, "transformer", None)
-        batch_first = self.backbone.kind == "timm" or bool(getattr(transformer, "batch_first", True))
-        return tokens if batch_first else tokens.transpose(0, 1)
+        return self.backbone.kind == "timm" or bool(getattr(transformer, "batch_first", True))
+
+    def _by_sample(self, tokens: Tensor) -> Tensor:
+        """A block's input or output as ``(batch, tokens, dim)``."""
+        return tokens if self._batch_first else tokens.transpose(0, 1)
 
     def _enter_first(self, block: nn.Module, args: tuple[Any, ...]) -> None:
         if self._running and self._record is not None and 0 in self.wanted:
-            self._record.taps[0] = self._tokens_first(args[0])
+            self._record.taps[0] = self._by_sample(args[0])
 
     def _enter(self, index: int, block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not self._running or not self.registers:
             return None
-        register = self.registers[index].to(args[0].dtype)
-        return (torch.cat([register.expand(len(args[0]), -1, -1), args[0]], 1), *args[1:])
+        tokens = self._by_sample(args[0])
+        register = self.registers[index].to(tokens.dtype)
+        return (self._by_sample(torch.cat([register.expand(len(tokens), -1, -1), tokens], 1)), *args[1:])
 
     def _leave(self, index: int, block: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if not self._running or self._record is None:
             return None
         if index + 1 in self.wanted:
-            self._record.taps[index + 1] = self._tokens_first(output)
+            self._record.taps[index + 1] = self._by_sample(output)
         enough = index + 1 >= max(self.wanted, default=len(self.backbone.blocks))
         if enough and not self.needs_final and (self.training or not self.whole_in_eval):
             raise _Enough
-        return output[:, self.registers[index].shape[1] :] if self.registers else None
+        if not self.registers:
+            return None
+        return self._by_sample(self._by_sample(output)[:, self.registers[index].shape[1] :])
 
 
 def backbone_taps(module: nn.Module, backbone: Backbone, head: nn.Module) -> BackboneTaps:

@@ -60,6 +60,24 @@ def test_open_clip_towers(name, batch_first):
         torch.testing.assert_close(expected[:, :2], logits[:, :2])
 
 
+@pytest.mark.parametrize("name", ALL_METHODS)
+def test_towers_with_tokens_first_give_the_same(name):
+    small = {"widths": (4, 4, 4, 8), "heads": (1, 2, 2, 2)}
+    logits, gradients = [], []
+    for batch_first in (True, False):
+        module = ClipModule(clip_tower(batch_first))
+        torch.nn.init.constant_(module.classifier.weight, 0.1)
+        torch.nn.init.zeros_(module.classifier.bias)
+        method = (HierarchicalSideTuning if name == "hst" else LeanHierarchicalSideTuning)(**small)
+        started(method if "hst" in name else METHODS[name](), module).train()
+        logits.append(module(images(5))[:, :2])
+        logits[-1].square().sum().backward()
+        gradients.append([p.grad for p in module.plugins["side"].parameters()])
+    torch.testing.assert_close(logits[0], logits[1])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 def test_dense_features_follow_timm():
     encoder = HierarchicalFeatures(vit_glyph(num_classes=0), widths=(16, 16, 32, 48), heads=(2, 2, 4, 4))
     maps = encoder.train()(torch.zeros(2, 3, 64, 64, requires_grad=True)[:, :, :32, :32])

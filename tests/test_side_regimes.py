@@ -100,7 +100,8 @@ def test_first_session_trains_once():
     assert any(not torch.equal(states[0][n], p) for n, p in start.plugins["side"].named_parameters())
 
 
-def test_batch_statistics_follow_the_regime():
+@pytest.mark.parametrize("name", ["lean-hst", "hst"])
+def test_batch_statistics_follow_the_regime(name):
     for regime, moves in (("shared", False), ("per_task", True)):
         module = PlainModule(tiny_vit(depth=4))
         means = []
@@ -113,7 +114,7 @@ def test_batch_statistics_follow_the_regime():
                 bank = pl_module.plugins["side"]
                 self.means.append([s.batch_norm.running_mean.clone() for s in bank.sides])
 
-        train(module, METHODS["lean-hst"](regime=regime), callbacks=[Keep(means)])
+        train(module, ALL_METHODS[name](regime=regime), callbacks=[Keep(means)])
         assert all(torch.equal(means[0][0], later[0]) for later in means[1:])  # those of the first task stay
         assert len(means[2]) == (3 if moves else 1)
         assert not torch.equal(means[0][0], torch.zeros(16))

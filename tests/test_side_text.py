@@ -237,6 +237,20 @@ def test_a_stream_of_texts_with_and_without_the_cache(name):
     assert passed[1] < 0.5 * passed[0]
 
 
+@pytest.mark.parametrize("name", TEXT)
+def test_training_with_bf16_mixed(name):
+    module = started(TEXT[name](regime="shared"), TextModule()).train()
+    expected = module(texts())[:, :2]
+    with torch.autocast("cpu", torch.bfloat16):
+        got = module(texts())[:, :2]
+    torch.testing.assert_close(got.float(), expected, rtol=0.1, atol=0.1)
+    module = PlainModule(TextModule())
+    callbacks = [TEXT[name](regime="per_task"), CacheFeatures(progress=False, dtype="bfloat16")]
+    fit_stream(quiet_trainer(callbacks=callbacks, precision="bf16-mixed"), module, text_stream())
+    assert all(p.isfinite().all() for p in module.parameters())
+    assert {p.dtype for p in module.parameters()} == {torch.float32}
+
+
 def test_baselines_beside_it_take_text_towers():
     results = []
     for cache in ([], [CacheFeatures(progress=False)]):
