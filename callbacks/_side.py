@@ -107,7 +107,11 @@ class SideCallback(FrozenBackbone):
 
     def install(self, module: nn.Module) -> None:
         """Tap the backbone, hook the side networks to the classifier and freeze the rest."""
-        found, head, plugins = find_backbone(module, self.backbone), self.find(module), plugin_modules(module)
+        found, head, plugins = (
+            find_backbone(module, self.backbone, text=True),
+            self.find(module),
+            plugin_modules(module),
+        )
         if self.plugin not in plugins:
             build = self.factory(found, head)
             with torch.random.fork_rng():

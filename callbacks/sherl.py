@@ -22,6 +22,7 @@ from cl_plugins.adapters.sherl import SherlSide
 from cl_plugins.adapters.side_bank import Regime, Routing
 from cl_plugins.backbones import Backbone
 from cl_plugins.taps import SideNetwork
+from cl_plugins.tokens import check_plain_blocks, check_tokens
 
 from ._side import SideCallback
 
@@ -81,6 +82,8 @@ class Sherl(SideCallback):
 
     def factory(self, backbone: Backbone, head: nn.Linear) -> Callable[[], SideNetwork]:
         """A consolidator in front of the backbone's last blocks."""
+        check_tokens(backbone)
+        check_plain_blocks(backbone, type(self).__name__)
         return partial(
             SherlSide,
             backbone,

@@ -295,7 +295,7 @@ class CachedStream:
         finally:
             self.taps.frozen = frozen
             handle.remove()
-        if not frozen or any(seen):
+        if self.taps.choose is not None or not frozen or any(seen):
             raise RuntimeError(
                 "features can only be cached when everything in front of the classifier is frozen, but prompts, norms"
                 " or other weights there still train; leave CacheFeatures out of the callbacks"

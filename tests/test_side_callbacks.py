@@ -26,7 +26,7 @@ from cl_plugins.callbacks import (
 )
 from cl_plugins.heads import HIDDEN_LOGIT
 from tests._helpers import PlainModule, quiet_trainer, tiny_stream, tiny_vit
-from tests._side import METHODS, PYRAMID, ClipModule, clip_tower, images, started, train
+from tests._side import ALL_METHODS, METHODS, PYRAMID, ClipModule, clip_tower, images, started, train
 
 # open_clip, dense outputs, copies and checkpoints
 
@@ -72,17 +72,17 @@ def test_dense_features_follow_timm():
         HierarchicalFeatures(vit_glyph(num_classes=0), registers=1)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ALL_METHODS)
 def test_state_restores_the_number_of_side_networks(name):
     module = PlainModule(tiny_vit(depth=4))
-    train(module, METHODS[name](regime="per_task_dense"))
-    fresh = started(METHODS[name](regime="per_task_dense"), PlainModule(tiny_vit(depth=4, seed=1)))
+    train(module, ALL_METHODS[name](regime="per_task_dense"))
+    fresh = started(ALL_METHODS[name](regime="per_task_dense"), PlainModule(tiny_vit(depth=4, seed=1)))
     fresh.load_state_dict(module.state_dict(), strict=True)
     with torch.no_grad():
         assert torch.equal(fresh.eval()(images()), module.eval()(images()))
     flags = [[p.requires_grad for p in m.plugins["side"].parameters()] for m in (fresh, module)]
     assert flags[0] == flags[1]
-    fewer = started(METHODS[name](regime="per_task_dense"), PlainModule(tiny_vit(depth=4)))
+    fewer = started(ALL_METHODS[name](regime="per_task_dense"), PlainModule(tiny_vit(depth=4)))
     module.load_state_dict(fewer.state_dict(), strict=True)
     assert len(module.plugins["side"].sides) == len(module.plugins["side"].mix) == 1
 
@@ -140,21 +140,11 @@ def test_dense_example_runs():
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_text_transformers_are_refused_with_the_reason(name):
-    from open_clip.model import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
-    from open_clip.transformer import TextTransformer
+def test_language_models_are_refused_with_the_reason(name):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"width": 16, "heads": 2, "layers": 4}
-    text = TextTransformer(context_length=8, vocab_size=20, output_dim=12, **sizes)
-    with pytest.raises(ValueError, match="found only the text transformer 'TextTransformer'; its tokens attend to"):
-        METHODS[name]().install(text)
     config = LlamaConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=20
     )
     with pytest.raises(ValueError, match=r"found only the text transformer 'model'.*LoRA and MoRA take text"):
         METHODS[name]().install(LlamaForCausalLM(config))
-    vision = CLIPVisionCfg(image_size=8, patch_size=4, layers=4, width=16, head_width=8)
-    clip = CustomTextCLIP(12, vision, CLIPTextCfg(context_length=8, vocab_size=20, **sizes))
-    with pytest.raises(ValueError, match=r"open_clip vision tower, got 'text', .*end of the text"):
-        METHODS[name](backbone="text").install(clip)

@@ -1,9 +1,10 @@
 """Ladder side network: a narrow copy of a transformer that reads its intermediate tokens.
 
 "LST: Ladder Side-Tuning for Parameter and Memory Efficient Transfer Learning", Yi-Lin Sung, Jaemin Cho, Mohit Bansal,
-NeurIPS 2022, arXiv 2206.06522. Implemented: gated ladder, all gate variants, dropped layers, for vision transformers;
-the pruning initialization is in :mod:`cl_plugins.adapters.side_pruning`. Not implemented: the decoder's ladder of
-encoder-decoder models, distillation to the backbone's logits.
+NeurIPS 2022, arXiv 2206.06522. Implemented: gated ladder, all gate variants, dropped layers, for vision transformers
+and text towers, whose causal mask the side keeps and whose feature it reads at the same token; the pruning
+initialization is in :mod:`cl_plugins.adapters.side_pruning`. Not implemented: the decoder's ladder of encoder-decoder
+models, distillation to the backbone's logits.
 
 Formula, for taps ``h_0 ... h_L`` (see :mod:`cl_plugins.taps`) and width ``dim // reduction``::
 
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cl_plugins._text import did_you_mean
-from cl_plugins.taps import SideNetwork, TapRecord, TokenLayout
+from cl_plugins.taps import SideNetwork, TapRecord
+from cl_plugins.tokens import TokenLayout
 
 Gate = Literal["learnable", "one", "none", "linear", "hyperbolic"]
 Drop = Literal["none", "quarter", "half", "three-quarters"]
@@ -100,16 +102,23 @@ class SideAttention(nn.Module):
         result: Tensor = self.proj(out.transpose(1, 2).flatten(2))
         return result
 
-    def first_token(self, x: Tensor) -> Tensor:
-        """What the first token ``(batch, 1, dim)`` gets of ``x``, without the other tokens' queries."""
+    def one_token(self, x: Tensor, position: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """What one token ``(batch, 1, dim)`` gets of ``x``, without the other tokens' queries."""
         dim = x.shape[2]
         weight, bias = self.qkv.weight, self.qkv.bias
-        own = F.linear(x[:, :1].clone(), weight[:dim], None if bias is None else bias[:dim])
+        own = F.linear(_one(x, position), weight[:dim], None if bias is None else bias[:dim])
         all_ = F.linear(x, weight[dim:], None if bias is None else bias[dim:])
         q = own.view(len(x), 1, self.heads, -1).transpose(1, 2)
         k, v = all_.view(*x.shape[:2], 2, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        result: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        allowed = None if mask is None else (mask[:1] if position is None else mask[position])[:, None, None]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+        result: Tensor = self.proj(out.transpose(1, 2).flatten(2))
         return result
+
+
+def _one(x: Tensor, position: Tensor | None) -> Tensor:
+    """A copy of the first token of ``(batch, tokens, dim)``, or of the one at ``position``: ``(batch, 1, dim)``."""
+    return x[:, :1].clone() if position is None else x[torch.arange(len(x), device=x.device), position][:, None]
 
 
 class SideMlp(nn.Module):
@@ -167,9 +176,16 @@ class SideBlock(nn.Module):
         result: Tensor = x + self.mlp(self.norm2(x))
         return result
 
-    def first_token(self, x: Tensor) -> Tensor:
-        """The first token of :meth:`forward` ``(batch, 1, dim)``, at a fraction of its cost."""
-        x = x[:, :1] + self.attn.first_token(self.norm1(x))
+    def one_token(self, x: Tensor, position: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """One token of :meth:`forward` ``(batch, 1, dim)``, at a fraction of its cost.
+
+        Args:
+            x: ``(batch, tokens, dim)``.
+            position: which one, ``(batch,)``; the first when None.
+            mask: which tokens each attends to, bool ``(tokens, tokens)``.
+        """
+        own = x[:, :1] if position is None else _one(x, position)
+        x = own + self.attn.one_token(self.norm1(x), position, mask)
         result: Tensor = x + self.mlp(self.norm2(x))
         return result
 
@@ -286,19 +302,21 @@ class LadderSide(SideNetwork):
             stream = self.layer(index, stream, taps[index + 1], mask)
         return stream
 
-    def _pooled(self, taps: Mapping[int, Tensor]) -> Tensor:
+    def _pooled(self, record: TapRecord) -> Tensor:
         """The pooled stream ``(batch, width)``; the last block computes one token where only one is read."""
-        if self.layout.pool != "token" or self.fuse == "after":
-            return self.layout.reduce(self.stream(taps))
+        taps, mask = record.taps, record.mask
+        if self.layout.pool == "avg" or self.fuse == "after":
+            return self.layout.reduce(self.stream(taps, mask), record.position)
         stream: Tensor = self.first(taps[0])
         for index in self.layers[:-1]:
-            stream = self.layer(index, stream, taps[index + 1])
+            stream = self.layer(index, stream, taps[index + 1], mask)
         last = str(self.layers[-1])
         block = self.blocks[last]
         assert isinstance(block, SideBlock)
-        return block.first_token(self._fuse(last, stream, taps[self.layers[-1] + 1]))[:, 0]
+        fused = self._fuse(last, stream, taps[self.layers[-1] + 1])
+        return block.one_token(fused, record.position, mask)[:, 0]
 
     def forward(self, record: TapRecord, base: Tensor) -> Tensor:
         """The feature ``(batch, dim)``."""
-        feature: Tensor = self.up(self.norm(self._pooled(record.taps)))
+        feature: Tensor = self.up(self.norm(self._pooled(record)))
         return feature
