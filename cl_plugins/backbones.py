@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import timm
+import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -122,6 +123,9 @@ def _as_text_tower(name: str, module: nn.Module) -> Backbone | None:
     attention: Any = getattr(blocks[0], "attn", None)
     if attention is None:
         return None
+    mask: Any = getattr(module, "attn_mask", None)
+    if mask is not None and not mask.is_meta and not torch.equal(mask == 0, torch.ones_like(mask).tril() > 0):
+        raise ValueError(f"`attn_mask` of the text tower {name or type(module).__name__!r} must be causal, got another")
     pool = getattr(module, "text_pool_type", None) or getattr(module, "pool_type", None)
     if getattr(module, "cls_emb", None) is not None or getattr(module, "use_pad_mask", False):
         raise ValueError(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from cl_plugins.attach import plugin_modules
 from cl_plugins.backbones import Backbone
-from cl_plugins.tokens import output_width, text_mask, text_position, token_layout
+from cl_plugins.tokens import is_causal, output_width, text_position, token_layout
 
 
 @dataclass
@@ -33,18 +33,18 @@ class TapRecord:
         image: what the backbone was given, when a side network reads it; of a text tower always, token ids
             ``(batch, tokens)``.
         position: the token at which a text tower reads its feature ``(batch,)``.
-        mask: which tokens a text tower's token attends to, bool ``(tokens, tokens)``; all when None.
+        causal: whether a text tower's tokens attend to earlier ones and themselves alone.
     """
 
     taps: dict[int, Tensor] = field(default_factory=dict)
     image: Tensor | None = None
     position: Tensor | None = None
-    mask: Tensor | None = None
+    causal: bool = False
 
     def rows(self, rows: Tensor) -> TapRecord:
         """What the pass left for samples ``(n,)`` of the batch."""
         image, position = (None if t is None else t[rows] for t in (self.image, self.position))
-        return TapRecord({i: tap[rows] for i, tap in self.taps.items()}, image, position, self.mask)
+        return TapRecord({i: tap[rows] for i, tap in self.taps.items()}, image, position, self.causal)
 
 
 @dataclass(frozen=True)
@@ -269,7 +269,7 @@ class BackboneTaps(nn.Module):
         if self.backbone.kind == "text":
             assert record.image is not None
             record.position = text_position(self.backbone, record.image)
-            record.mask = text_mask(self.backbone, record.image.shape[1])
+            record.causal = is_causal(self.backbone)
         return record
 
     def _blank(self, batch: int, like: Tensor) -> Tensor:

@@ -148,10 +148,9 @@ def text_position(backbone: Backbone, ids: Tensor) -> Tensor:
     return torch.full((len(ids),), 0 if pool == "first" else ids.shape[1] - 1, device=ids.device)
 
 
-def text_mask(backbone: Backbone, tokens: int) -> Tensor | None:
-    """Which tokens each of a text tower's tokens attends to, bool ``(tokens, tokens)``; all when None."""
-    added: Tensor | None = getattr(backbone.model, "attn_mask", None)
-    return None if added is None else added[:tokens, :tokens] == 0
+def is_causal(backbone: Backbone) -> bool:
+    """Whether a text tower's tokens attend to earlier ones and themselves alone."""
+    return getattr(backbone.model, "attn_mask", None) is not None
 
 
 def projection(backbone: Backbone) -> Any:
@@ -177,9 +176,7 @@ def output_width(backbone: Backbone) -> int:
     return int(matrix.out_features if isinstance(matrix, nn.Linear) else matrix.shape[1])
 
 
-def run_late(
-    backbone: Backbone, tokens: Tensor, late: int, position: Tensor | None = None, mask: Tensor | None = None
-) -> Tensor:
+def run_late(backbone: Backbone, tokens: Tensor, late: int, position: Tensor | None = None) -> Tensor:
     """The last ``late`` blocks, final norm and pooling on ``tokens``, with a graph: the feature ``(batch, features)``.
 
     The blocks' parameters stay frozen; gradients only pass through them to ``tokens``.
@@ -189,7 +186,6 @@ def run_late(
         tokens: on entry to the first of these blocks ``(batch, tokens, dim)``.
         late: blocks.
         position: where a text tower reads its feature ``(batch,)``.
-        mask: which tokens a text tower's token attends to, bool ``(tokens, tokens)``.
     """
     model: Any = backbone.model
     if model.training:
@@ -201,10 +197,10 @@ def run_late(
         feature: Tensor = model.forward_head(model.norm(tokens), pre_logits=True)
         return feature
     batch_first = bool(getattr(model.transformer, "batch_first", True))
+    mask = model.attn_mask[: tokens.shape[1], : tokens.shape[1]] if is_causal(backbone) else None
     tokens = tokens if batch_first else tokens.transpose(0, 1)
-    added = None if mask is None else torch.zeros_like(mask, dtype=tokens.dtype).masked_fill(~mask, -torch.inf)
     for block in blocks:
-        tokens = block(tokens) if added is None else block(tokens, attn_mask=added)
+        tokens = block(tokens) if mask is None else block(tokens, attn_mask=mask)
     tokens = tokens if batch_first else tokens.transpose(0, 1)
     if backbone.kind == "text":
         return _projected(backbone, model.ln_final(token_layout(backbone).reduce(tokens, position)))

@@ -99,10 +99,10 @@ def test_taps_and_late_blocks_follow_the_tower(options):
         assert not record.taps[i].requires_grad
         stream = block(stream, attn_mask=tower.attn_mask)
     for late in (1, 3):
-        torch.testing.assert_close(run_late(found, record.taps[4 - late], late, record.position, record.mask), got)
+        torch.testing.assert_close(run_late(found, record.taps[4 - late], late, record.position), got)
     if not options:
         assert record.position.tolist() == [2, 3, 4]
-        assert record.mask[2].tolist() == [True] * 3 + [False] * 5
+        assert record.causal
 
 
 @pytest.mark.parametrize("name", TEXT)
@@ -143,8 +143,8 @@ def test_ladder_against_a_written_out_causal_version(fuse):
     side = LadderSide(16, 2, 4, reduction=2, layers=[0, 3], fuse=fuse, layout=TokenLayout(0, "text")).double()
     generator = torch.Generator().manual_seed(0)
     taps = {i: torch.randn(3, 8, 16, dtype=torch.float64, generator=generator) for i in range(5)}
-    position, mask = torch.tensor([2, 7, 0]), torch.ones(8, 8).tril().bool()
-    got = side(TapRecord(taps, position=position, mask=mask), torch.zeros(0))
+    position = torch.tensor([2, 7, 0])
+    got = side(TapRecord(taps, position=position, causal=True), torch.zeros(0))
     for sample, end in enumerate(position.tolist()):  # alone, cut off behind the token that is read
         s = side.first(taps[0][sample, : end + 1])
         for i in (0, 3):
@@ -254,6 +254,10 @@ def test_what_is_no_plain_text_tower_is_refused():
         method.install(TextModule(text_tower(embed_cls=True)))
     with pytest.raises(ValueError, match="one mask for all texts"):
         method.install(TextModule(text_tower(no_causal_mask=True, use_pad_mask=True)))
+    windowed = text_tower()
+    windowed.attn_mask[:, 0] = -torch.inf
+    with pytest.raises(ValueError, match="must be causal, got another"):
+        method.install(TextModule(windowed))
     with pytest.raises(ValueError, match="must give one feature, read at one token, got pool_type='none'"):
         method.install(TextModule(text_tower(pool_type="none")))
     with pytest.raises(ValueError, match="output_tokens=True"):

@@ -192,7 +192,7 @@ class HierarchicalSide(SideNetwork):
         self.embed = nn.ModuleList([Stem(channels, widths[0])])
         self.embed.extend(Downsample(a, b) for a, b in pairwise(widths))
         self.bridge = nn.ModuleList(nn.Linear(dim, w) for w in widths)
-        rates = torch.linspace(0.0, drop_path, depth).tolist()
+        rates = torch.linspace(0.0, drop_path, depth, device="cpu").tolist()
         stage_of = [s for s in range(4) for _ in range(depths[s])]
         self.blocks = nn.ModuleList(
             PyramidBlock(widths[s], heads[s], dropout, rate) for s, rate in zip(stage_of, rates, strict=True)

@@ -94,15 +94,15 @@ class SideAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """``(batch, tokens, dim)`` to the same."""
+    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
+        """``(batch, tokens, dim)`` to the same; ``causal`` tokens attend to earlier ones and themselves."""
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)  # (batch, heads, tokens, head_dim)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         result: Tensor = self.proj(out.transpose(1, 2).flatten(2))
         return result
 
-    def one_token(self, x: Tensor, position: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def one_token(self, x: Tensor, position: Tensor | None = None, causal: bool = False) -> Tensor:
         """What one token ``(batch, 1, dim)`` gets of ``x``, without the other tokens' queries."""
         dim = x.shape[2]
         weight, bias = self.qkv.weight, self.qkv.bias
@@ -110,7 +110,10 @@ class SideAttention(nn.Module):
         all_ = F.linear(x, weight[dim:], None if bias is None else bias[dim:])
         q = own.view(len(x), 1, self.heads, -1).transpose(1, 2)
         k, v = all_.view(*x.shape[:2], 2, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        allowed = None if mask is None else (mask[:1] if position is None else mask[position])[:, None, None]
+        allowed = None
+        if causal:
+            last = torch.zeros(len(x), 1, dtype=torch.int64, device=x.device) if position is None else position[:, None]
+            allowed = (torch.arange(x.shape[1], device=x.device) <= last)[:, None, None]  # (batch, 1, 1, tokens)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
         result: Tensor = self.proj(out.transpose(1, 2).flatten(2))
         return result
@@ -170,22 +173,22 @@ class SideBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = SideMlp(dim, hidden, activation)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """``(batch, tokens, dim)`` to the same."""
-        x = x + self.attn(self.norm1(x), mask)
+    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
+        """``(batch, tokens, dim)`` to the same; ``causal`` tokens attend to earlier ones and themselves."""
+        x = x + self.attn(self.norm1(x), causal)
         result: Tensor = x + self.mlp(self.norm2(x))
         return result
 
-    def one_token(self, x: Tensor, position: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def one_token(self, x: Tensor, position: Tensor | None = None, causal: bool = False) -> Tensor:
         """One token of :meth:`forward` ``(batch, 1, dim)``, at a fraction of its cost.
 
         Args:
             x: ``(batch, tokens, dim)``.
             position: which one, ``(batch,)``; the first when None.
-            mask: which tokens each attends to, bool ``(tokens, tokens)``.
+            causal: whether it attends to earlier ones and itself alone.
         """
         own = x[:, :1] if position is None else _one(x, position)
-        x = own + self.attn.one_token(self.norm1(x), position, mask)
+        x = own + self.attn.one_token(self.norm1(x), position, causal)
         result: Tensor = x + self.mlp(self.norm2(x))
         return result
 
@@ -287,34 +290,34 @@ class LadderSide(SideNetwork):
             stream - step
         )  # one difference is kept for backward, mu s + (1 - mu) d would keep two terms
 
-    def layer(self, index: int, stream: Tensor, tap: Tensor, mask: Tensor | None = None) -> Tensor:
+    def layer(self, index: int, stream: Tensor, tap: Tensor, causal: bool = False) -> Tensor:
         """One rung: ``stream`` ``(batch, tokens, width)`` on entry to a kept layer, ``tap`` the output of its block."""
         name = str(index)
         if self.fuse == "before":
             stream = self._fuse(name, stream, tap)
-        stream = self.blocks[name](stream, mask)
+        stream = self.blocks[name](stream, causal)
         return self._fuse(name, stream, tap) if self.fuse == "after" else stream
 
-    def stream(self, taps: Mapping[int, Tensor], mask: Tensor | None = None) -> Tensor:
+    def stream(self, taps: Mapping[int, Tensor], causal: bool = False) -> Tensor:
         """The side stream ``(batch, tokens, width)`` behind the last kept layer, before the norm."""
         stream: Tensor = self.first(taps[0])
         for index in self.layers:
-            stream = self.layer(index, stream, taps[index + 1], mask)
+            stream = self.layer(index, stream, taps[index + 1], causal)
         return stream
 
     def _pooled(self, record: TapRecord) -> Tensor:
         """The pooled stream ``(batch, width)``; the last block computes one token where only one is read."""
-        taps, mask = record.taps, record.mask
+        taps, causal = record.taps, record.causal
         if self.layout.pool == "avg" or self.fuse == "after":
-            return self.layout.reduce(self.stream(taps, mask), record.position)
+            return self.layout.reduce(self.stream(taps, causal), record.position)
         stream: Tensor = self.first(taps[0])
         for index in self.layers[:-1]:
-            stream = self.layer(index, stream, taps[index + 1], mask)
+            stream = self.layer(index, stream, taps[index + 1], causal)
         last = str(self.layers[-1])
         block = self.blocks[last]
         assert isinstance(block, SideBlock)
         fused = self._fuse(last, stream, taps[self.layers[-1] + 1])
-        return block.one_token(fused, record.position, mask)[:, 0]
+        return block.one_token(fused, record.position, causal)[:, 0]
 
     def forward(self, record: TapRecord, base: Tensor) -> Tensor:
         """The feature ``(batch, dim)``."""

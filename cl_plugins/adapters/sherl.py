@@ -272,4 +272,4 @@ class SherlSide(SideNetwork):
     def forward(self, record: TapRecord, base: Tensor) -> Tensor:
         """The feature ``(batch, features)``."""
         tokens = self.merge([record.taps[i] for i in self.tap_indices])
-        return run_late(self._backbone[0], tokens, self.late, record.position, record.mask)
+        return run_late(self._backbone[0], tokens, self.late, record.position)
