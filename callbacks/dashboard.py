@@ -82,6 +82,7 @@ class ForgettingDashboard(ContinualCallback):
     """
 
     training: ClassVar[Literal["required", "none", "neutral"]] = "neutral"
+    records: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ works without the other.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -37,16 +38,20 @@ class TaskGroups(ContinualCallback):
     is answered with its own group's weights: by ``fit_stream`` on streams of instructions, else through :meth:`routed`.
 
     Args:
-        groups: the codebook; TF-IDF with the loose threshold when None.
+        groups: the codebook; TF-IDF with the three options below when None.
         texts: texts of a task; by default the stream's ``instructions(index)``, else description or class names.
         start: weights of a new group: ``"last"``, as the task before left them, or ``"fresh"``, as before the first
             task.
         include: regular expression; only parameters whose name it finds belong to a group.
         exclude: regular expression; parameters whose name it finds are shared by all groups.
         plugins: only what these plugins own, by their names under ``module.plugins``.
+        threshold: similarity from which a group is reused, as of :class:`InstructionGroups`;
+            ``"loose"`` when None.
+        reduce: similarity of a task to a group from its pairs of texts, ``"mean"`` when None.
+        unmatched: group of a test text below the threshold, ``"best"`` when None.
 
     Raises:
-        ValueError: for an unknown ``start``.
+        ValueError: for an unknown ``start``, or options of a codebook beside ``groups``.
 
     Example:
         >>> net, groups = nn.Linear(1, 1, bias=False), TaskGroups()
@@ -71,11 +76,18 @@ class TaskGroups(ContinualCallback):
         include: str | None = None,
         exclude: str | None = None,
         plugins: Sequence[str] | None = None,
+        threshold: float | str | None = None,
+        reduce: Literal["mean", "max"] | None = None,
+        unmatched: Literal["best", "last", "error"] | None = None,
     ) -> None:
         super().__init__()
+        told: dict[str, Any] = {"threshold": threshold, "reduce": reduce, "unmatched": unmatched}
+        told = {k: v for k, v in told.items() if v is not None}
+        if groups is not None and told:
+            raise ValueError(f"`groups` is a codebook and holds its options, got {', '.join(told)} beside it")
         if start not in ("last", "fresh"):
             raise ValueError(f"`start` must be 'last' or 'fresh', got {start!r}")
-        self.groups = InstructionGroups() if groups is None else groups
+        self.groups = InstructionGroups(**told) if groups is None else groups
         self.texts = texts
         self.start = start
         self.weights: list[Weights] = []
@@ -181,11 +193,24 @@ class TaskGroups(ContinualCallback):
         return self.routed(predict) if callable(getattr(self._stream, "instructions", None)) else predict
 
     def report_events(self, module: nn.Module) -> list[dict[str, Any]]:
-        """One entry per task: its group, the similarity to each group, and the reason."""
-        return [
+        """Per task its group, the similarity to each group and the reason; and where its test prompts go at present.
+
+        The latter is the share of (at most 500) test prompts that find their task's group by their instruction, on
+        streams that tell ``test_instructions(index)``.
+        """
+        events = [
             {"name": "TaskGroups/group", "task": i, "group": h["group"], "scores": h["scores"], "reason": h["reason"]}
             for i, h in enumerate(self.groups.history)
         ]
+        told = getattr(self._stream, "test_instructions", None)
+        if not callable(told) or self.groups.unmatched == "error":
+            return events
+        for i, h in enumerate(self.groups.history):
+            texts = told(i)
+            texts = texts[:: max(1, math.ceil(len(texts) / 500))]
+            share = self.groups.share_allocated(texts, h["group"])
+            events.append({"name": "TaskGroups/allocated", "task": i, "share": share})
+        return events
 
     def _texts_of(self, task: Task) -> Sequence[str]:
         if self.texts is not None:

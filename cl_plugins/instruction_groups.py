@@ -235,6 +235,16 @@ class InstructionGroups:
             known[text] = holders[0] if len(holders) == 1 else self.allocate([text]).group
         return [known[text] for text in texts]
 
+    def share_allocated(self, texts: Sequence[str], group: int) -> float:
+        """Share of the texts that :meth:`allocate_samples` gives to a group, in [0, 1]; equal texts count each.
+
+        Raises:
+            ValueError: for no text.
+        """
+        if not texts:
+            raise ValueError("`texts` must hold at least one text, got none")
+        return sum(chosen == group for chosen in self.allocate_samples(texts)) / len(texts)
+
     def scores(self, texts: Sequence[str]) -> tuple[float, ...]:
         """Similarity of a set of texts to each group."""
         reduce = np.mean if self.reduce == "mean" else np.max

@@ -54,7 +54,7 @@ def test_the_report_is_there_after_every_task(tmp_path):
     class Look(ContinualCallback):
         """Stands after the dashboard, so it sees what that has rendered."""
 
-        training = "neutral"
+        training, records = "neutral", True
         seen = ()
 
         def on_row(self, trainer, pl_module, row):

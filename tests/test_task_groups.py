@@ -57,11 +57,10 @@ def test_the_whole_method(order, given):
     with groups.weights_of(module, 0):
         own = weights_of(module)
     assert not all_equal(own, list(groups.weights[1].values()))
-    assert [e["reason"].split(":")[0] for e in groups.report_events(module)] == [
-        "new group 0",
-        "new group 1",
-        "reuse group 0",
-    ]
+    events = groups.report_events(module)
+    reasons = [e["reason"].split(":")[0] for e in events if e["name"] == "TaskGroups/group"]
+    assert reasons == ["new group 0", "new group 1", "reuse group 0"]
+    assert [e["share"] for e in events if e["name"] == "TaskGroups/allocated"] == [1.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("start", ["last", "fresh"])
@@ -169,3 +168,23 @@ def test_refusals():
     with pytest.raises(RuntimeError, match="`weight` must keep its shape"):
         groups.start_task(nn.Linear(3, 2), Task(1, (0,), name="b", description=YES))
     copy.deepcopy(groups.state_dict())
+
+
+def test_share_of_test_prompts_that_find_their_group():
+    """A paraphrase without the task's words goes astray, and the share says so."""
+    mixed = [Example(YES, "", "yes"), Example("Deny nothing, approve.", "", "yes")]
+    stream = InstructionStream([TextTask("a", [Example(YES, "", "yes")] * 4, mixed * 2), _task("b", NO, "no")])
+    groups, module = TaskGroups(threshold=0.9), nn.Linear(1, 1)
+    groups.on_stream_start(None, None, stream)
+    for task in stream.tasks:
+        groups.start_task(module, task)
+        groups.end_task(module, task)
+    shares = [e["share"] for e in groups.report_events(module) if e["name"] == "TaskGroups/allocated"]
+    assert shares == [0.5, 1.0]
+
+
+def test_options_of_the_codebook_by_name():
+    groups = TaskGroups(threshold="strict", reduce="max", unmatched="last").groups
+    assert (groups.threshold, groups.reduce, groups.unmatched) == (0.9, "max", "last")
+    with pytest.raises(ValueError, match="`groups` is a codebook and holds its options, got threshold beside it"):
+        TaskGroups(InstructionGroups(), threshold=0.5)
