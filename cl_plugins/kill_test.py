@@ -7,7 +7,8 @@ One process imports everything and forks a child for each start, so a start cost
 time. Methods that cache features keep them in a folder of the run, so that a start finds what a killed one had written.
 Beside each method stand a ``ContinualEvaluation`` and a ``DriftTracker``. Compared are weights and buffers (bit for
 bit), the states of all callbacks, all of ``result.json``, the rows of the run store, which must hold each row once, its
-evaluations inside tasks and the figures of methods and observers, and the cached features; times of the clock aside. Needs ``fork``: Linux or macOS.
+evaluations inside tasks and the figures of methods and observers, and the cached features; times of the clock aside.
+Needs ``fork``: Linux or macOS.
 
 A long test can be run in pieces: ``--add`` adds to what the file of ``--out`` holds, with other moments, and stops at
 ``--kills`` for each method; ``--seconds`` begins no new run after so much time.
