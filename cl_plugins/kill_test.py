@@ -60,6 +60,7 @@ _SETTINGS: dict[str, Any] = {
 }
 
 _OPTIONS: dict[str, dict[str, Any]] = {"ovor": {"head_epochs": 1}}  # must be fewer than the epochs
+_OTHER_DATA: dict[str, dict[str, Any]] = {"zero-shot": {"scenario": "xtail-glyphs", "data": {}}}  # it needs texts
 
 
 @dataclass
@@ -134,8 +135,16 @@ def aim(moment: str, count: int) -> None:
         raise ValueError(f"`moment` must be one of {', '.join((*AIMS, CACHING))}, got {moment!r}")
 
 
+def _settings(method: str) -> dict[str, Any]:
+    """What ``run_benchmark`` gets for a method; a ``--scenario`` counts for all of them."""
+    other = _OTHER_DATA.get(method, {}) if _SETTINGS["scenario"] == "split-digits" else {}
+    return {**_SETTINGS, **other, "options": {**_SETTINGS["options"], **_OPTIONS.get(method, {})}}
+
+
 def _caches(method: str) -> bool:
-    return any(entry["class"] == "CacheFeatures" for entry in load_recipe(method, _SETTINGS["scenario"]).callbacks)
+    return any(
+        entry["class"] == "CacheFeatures" for entry in load_recipe(method, _settings(method)["scenario"]).callbacks
+    )
 
 
 def _start(method: str, folder: Path, moment: str | None = None, count: int = 1) -> int:
@@ -150,10 +159,10 @@ def _start(method: str, folder: Path, moment: str | None = None, count: int = 1)
         os.dup2(log, 2)
         if moment is not None:
             aim(moment, count)
-        options = {**_SETTINGS["options"], **_OPTIONS.get(method, {})}
+        settings = _settings(method)
         if _caches(method):
-            options["CacheFeatures.folder"] = str(folder / "cache")
-        run_benchmark(method, out=folder, resume=True, **{**_SETTINGS, "options": options})
+            settings["options"]["CacheFeatures.folder"] = str(folder / "cache")
+        run_benchmark(method, out=folder, resume=True, **settings)
         status = 0
     except BaseException:
         import traceback
