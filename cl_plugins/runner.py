@@ -181,7 +181,11 @@ def _tell_failures(trainer: pl.Trainer, module: pl.LightningModule, plugins: lis
     except BaseException as error:
         if not trainer.interrupted:
             for plugin in plugins:
-                plugin.on_exception(trainer, module, error)
+                try:
+                    plugin.on_exception(trainer, module, error)
+                except Exception as second:  # what failed first is what must be seen
+                    name = type(plugin).__name__
+                    warnings.warn(f"{name} could not close what it opened: {second!r}", stacklevel=2)
         raise
 
 
