@@ -178,7 +178,8 @@ class AlphaSide(SideNetwork):
 
     def distillation_loss(self, record: TapRecord, base: Tensor) -> Tensor:
         """How far the side network is from the backbone."""
-        return F.mse_loss(self._own(record), base)
+        own = self._own(record)
+        return F.mse_loss(own, base.to(own.dtype))  # a stored feature may be in half precision
 
     def forward(self, record: TapRecord, base: Tensor) -> Tensor:
         """The feature ``(batch, features)``."""
