@@ -21,7 +21,7 @@ from torch import nn
 from cl_plugins.adapters.sherl import SherlSide, Variant
 from cl_plugins.adapters.side_bank import Regime, Routing, check_choice
 from cl_plugins.backbones import Backbone
-from cl_plugins.taps import SideNetwork
+from cl_plugins.side_network import SideNetwork
 from cl_plugins.tokens import check_plain_blocks, check_tokens
 
 from ._side import SideCallback

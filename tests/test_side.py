@@ -26,8 +26,9 @@ from cl_plugins.callbacks import (
     Sherl,
     SideTuning,
 )
+from cl_plugins.side_network import TapRecord
 from cl_plugins.side_routing import TaskRouter
-from cl_plugins.taps import BackboneTaps, TapRecord, tapping
+from cl_plugins.taps import BackboneTaps, tapping
 from cl_plugins.tokens import TokenLayout, patch_grid, run_late
 from tests._helpers import PlainModule, quiet_trainer, tiny_stream, tiny_vit
 from tests._side import METHODS, clip_tower, images, saved_bytes, started

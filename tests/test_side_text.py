@@ -29,7 +29,8 @@ from cl_plugins.callbacks import (
     RanPAC,
 )
 from cl_plugins.scenarios import ClassIncremental
-from cl_plugins.taps import TapRecord, tapping
+from cl_plugins.side_network import TapRecord
+from cl_plugins.taps import tapping
 from cl_plugins.tokens import TokenLayout, run_late
 from tests._helpers import PlainModule, quiet_trainer
 from tests._side import METHODS, PYRAMID, started

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from cl_plugins._text import did_you_mean
 from cl_plugins.adapters.strided_conv import StridedConv
-from cl_plugins.taps import SideNetwork, TapRecord
+from cl_plugins.side_network import SideNetwork, TapRecord
 
 Merge = Literal["alpha", "sum", "product", "film", "mlp"]
 
