@@ -40,6 +40,8 @@ TEAMS: dict[str, list[str]] = {
     "TaskGroups": ["LoRA", "TaskGroups"],
     "CacheFeatures": ["FrozenBackbone", "CacheFeatures"],
     "OVOR and NearestMean": ["OVOR", "NearestMean"],
+    "MoRA and RanPAC": ["MoRA", "RanPAC"],
+    "MaskedHead and BalancedEMA": ["MaskedHead", "BalancedEMA"],
     "no method": [],
 }
 """Callbacks that need another one, and combinations beside the single callbacks."""

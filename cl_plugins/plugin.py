@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -51,6 +52,15 @@ class Row:
     confusion: tuple[tuple[int, ...], ...]
     seconds: float
     labels: LabelScores | None = None
+
+    @cached_property
+    def cells(self) -> Tensor:
+        """``correct``, ``total`` and ``correct_in_task`` as ``(3, tasks)`` int64, -1 for None.
+
+        Kept, since every later task asks for all rows: reading the tuples anew each time is quadratic in Python.
+        """
+        counts = [[-1 if c is None else c for c in line] for line in (self.correct, self.total, self.correct_in_task)]
+        return torch.tensor(counts, dtype=torch.int64)
 
 
 class ContinualCallback(Callback):

@@ -196,7 +196,9 @@ def test_coin_files(tmp_path):
 
 def test_coin_instructions_by_task():
     assert coin_instruction("Locate the region: red car", "Grounding") == ("Locate the region", "red car")
-    assert coin_instruction("What is this?\nAnswer with a name.\nHint", "ImageNet")[0] == "Answer with a name."
+    for image in ("", "<image>\n"):  # as in the test and in the training file
+        told = coin_instruction(f"{image}What is the object in the image?\nAnswer with a word.", "ImageNet")
+        assert told == ("What is the object in the image?", "Answer with a word.")
 
 
 def test_rows_of_other_libraries():
