@@ -15,8 +15,9 @@ from cl_plugins.backbones import Backbone, find_backbone
 from cl_plugins.decay import exempt_from_decay
 from cl_plugins.features import collect_features
 from cl_plugins.head_phase import gather_rows
+from cl_plugins.side_network import SideNetwork
 from cl_plugins.side_routing import TaskRouter
-from cl_plugins.taps import SideNetwork, backbone_taps
+from cl_plugins.taps import backbone_taps
 
 from .baselines import FrozenBackbone
 

@@ -23,7 +23,7 @@ from cl_plugins.adapters.hierarchical_side import HierarchicalSide
 from cl_plugins.adapters.side_bank import Regime, Routing
 from cl_plugins.backbones import Backbone, find_backbone
 from cl_plugins.plugin import ContinualCallback
-from cl_plugins.taps import SideNetwork
+from cl_plugins.side_network import SideNetwork
 from cl_plugins.tokens import check_free_positions, check_tokens, image_channels, token_layout
 
 from ._side import SideCallback

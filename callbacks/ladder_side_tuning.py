@@ -29,7 +29,7 @@ from cl_plugins.backbones import Backbone, find_backbone
 from cl_plugins.cached_stream import uncached
 from cl_plugins.evaluation import default_predict, evaluating, split_batch, to_device
 from cl_plugins.plugin import module_device
-from cl_plugins.taps import SideNetwork
+from cl_plugins.side_network import SideNetwork
 from cl_plugins.tokens import check_tokens, token_layout
 
 from ._side import SideCallback

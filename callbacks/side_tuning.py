@@ -26,7 +26,7 @@ from cl_plugins.backbones import Backbone
 from cl_plugins.evaluation import evaluating, split_batch, to_device
 from cl_plugins.features import feature
 from cl_plugins.plugin import module_device
-from cl_plugins.taps import SideNetwork, TapRecord
+from cl_plugins.side_network import SideNetwork, TapRecord
 from cl_plugins.tokens import image_channels, text_pool
 
 from ._side import SideCallback

@@ -26,8 +26,9 @@ from cl_plugins.callbacks import (
     Sherl,
     SideTuning,
 )
+from cl_plugins.side_network import TapRecord
 from cl_plugins.side_routing import TaskRouter
-from cl_plugins.taps import BackboneTaps, TapRecord, tapping
+from cl_plugins.taps import BackboneTaps, tapping
 from cl_plugins.tokens import TokenLayout, patch_grid, run_late
 from tests._helpers import PlainModule, quiet_trainer, tiny_stream, tiny_vit
 from tests._side import METHODS, clip_tower, images, saved_bytes, started
@@ -274,6 +275,15 @@ def test_identity_start_of_sherl_is_the_frozen_model():
     assert Consolidator(8, 4, 3, score_bias=0.5).score.bias.item() == 0.5
 
 
+@pytest.mark.parametrize("variant", ["gated", "norm", "mlp"])
+def test_variants_of_the_merge_are_options_of_the_callback(variant):
+    module = started(Sherl(4, variant=variant)).train()
+    side = module.plugins["side"].active
+    assert side.merge.variant == variant
+    cross_entropy(module(images()), torch.tensor([0, 1, 0])).backward()
+    assert all(p.grad is not None for p in side.parameters())
+
+
 def test_bridge_and_resize_commute():
     maps = torch.randn(2, 6, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     bridge = nn.Linear(6, 4).double()
@@ -364,6 +374,7 @@ def test_router_is_the_shared_covariance_classifier():
         (lambda: LadderSideTuning(regime="pertask"), "did you mean 'per_task'"),
         (lambda: LadderSideTuning(init="fischer"), "did you mean 'fisher'"),
         (lambda: LadderSideTuning(layers="quater"), "did you mean 'quarter'"),
+        (lambda: Sherl(variant="gate"), "did you mean 'gated'"),
         (lambda: SideTuning(routing="logit"), "did you mean 'logits'"),
         (lambda: SideTuning(distill_lr=0.0), "`distill_lr` must be above 0"),
         (lambda: LeanHierarchicalSideTuning(drop_path=1.0), "`drop_path` must be"),

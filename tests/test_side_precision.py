@@ -12,7 +12,7 @@ from cl_plugins.adapters.alpha_side import AlphaSide
 from cl_plugins.adapters.strided_conv import StridedConv
 from cl_plugins.backbones import vit_glyph
 from cl_plugins.callbacks import CacheFeatures
-from cl_plugins.taps import TapRecord
+from cl_plugins.side_network import TapRecord
 from tests._helpers import PlainModule, tiny_stream, tiny_vit
 from tests._side import ALL_METHODS, METHODS, images, started, train
 

@@ -20,7 +20,7 @@ from cl_plugins.callbacks import (
 from cl_plugins.decay import exempt_from_decay
 from cl_plugins.heads import HIDDEN_LOGIT
 from cl_plugins.scenarios import build_scenario
-from cl_plugins.taps import TapRecord
+from cl_plugins.side_network import TapRecord
 from tests._helpers import PlainModule, tiny_stream, tiny_vit
 from tests._side import ALL_METHODS, METHODS, PYRAMID, images, started, train
 

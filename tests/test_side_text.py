@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
@@ -24,9 +26,11 @@ from cl_plugins.callbacks import (
     LadderSideTuning,
     LeanHierarchicalSideTuning,
     NearestMean,
+    RanPAC,
 )
 from cl_plugins.scenarios import ClassIncremental
-from cl_plugins.taps import TapRecord, tapping
+from cl_plugins.side_network import TapRecord
+from cl_plugins.taps import tapping
 from cl_plugins.tokens import TokenLayout, run_late
 from tests._helpers import PlainModule, quiet_trainer
 from tests._side import METHODS, PYRAMID, started
@@ -79,7 +83,9 @@ def text_stream(**options) -> ClassIncremental:
     )
 
 
-POOLS = [{}, {"pool_type": "eos", "eos_id": END}, {"pool_type": "last", "no_causal_mask": True}, {"pool_type": "first"}]
+EOS = "eos_id" in inspect.signature(TextTransformer).parameters  # not in open_clip 3.0
+POOLS = [{}, {"pool_type": "last", "no_causal_mask": True}, {"pool_type": "first"}]
+POOLS += [{"pool_type": "eos", "eos_id": END}] if EOS else []
 
 
 @pytest.mark.parametrize("options", [*POOLS, {"output_dim": None}, {"proj_type": "linear", "proj_bias": True}])
@@ -106,7 +112,7 @@ def test_taps_and_late_blocks_follow_the_tower(options):
 
 
 @pytest.mark.parametrize("name", TEXT)
-@pytest.mark.parametrize("options", POOLS, ids=["argmax", "eos", "last", "first"])
+@pytest.mark.parametrize("options", POOLS, ids=lambda o: o.get("pool_type", "argmax"))
 def test_no_tensor_of_the_tower_is_saved_and_the_side_network_learns(name, options):
     module = started(TEXT[name](regime="shared"), TextModule(text_tower(**options))).train()
     taps, while_running = module.plugins["taps"], []
@@ -258,6 +264,10 @@ def test_baselines_beside_it_take_text_towers():
         results.append(fit_stream(trainer, PlainModule(TextModule(), lr=0.05), text_stream()))
     assert torch.equal(results[0].correct, results[1].correct)
     assert results[0].average_accuracy > 0.25
+    callbacks = [LadderSideTuning(2, "none", regime="first_session"), RanPAC(64, beside=True)]
+    result = fit_stream(quiet_trainer(callbacks=callbacks), module := PlainModule(TextModule()), text_stream())
+    assert module.plugins["ranpac"].dim == 24  # the tower's feature and the side network's
+    assert result.average_accuracy > 0.4
     result = fit_stream(quiet_trainer(callbacks=[NearestMean()]), PlainModule(TextModule()), text_stream())
     assert result.average_accuracy > 0.4
 

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from cl_plugins._text import did_you_mean
 from cl_plugins.adapters.strided_conv import StridedConv
-from cl_plugins.taps import SideNetwork, TapRecord
+from cl_plugins.side_network import SideNetwork, TapRecord
 
 Merge = Literal["alpha", "sum", "product", "film", "mlp"]
 
@@ -178,7 +178,8 @@ class AlphaSide(SideNetwork):
 
     def distillation_loss(self, record: TapRecord, base: Tensor) -> Tensor:
         """How far the side network is from the backbone."""
-        return F.mse_loss(self._own(record), base)
+        own = self._own(record)
+        return F.mse_loss(own, base.to(own.dtype))  # a stored feature may be in half precision
 
     def forward(self, record: TapRecord, base: Tensor) -> Tensor:
         """The feature ``(batch, features)``."""

@@ -29,7 +29,8 @@ from torch.nn import functional as F
 
 from cl_plugins.adapters.strided_conv import StridedConv
 from cl_plugins.backbones import find_backbone
-from cl_plugins.taps import Adaptation, BackboneTaps, SideNetwork, TapRecord
+from cl_plugins.side_network import Adaptation, SideNetwork, TapRecord
+from cl_plugins.taps import BackboneTaps
 from cl_plugins.tokens import TokenLayout, check_tokens, patch_grid, token_layout
 
 STRIDES = (4, 8, 16, 32)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cl_plugins._text import did_you_mean
-from cl_plugins.taps import SideNetwork, TapRecord
+from cl_plugins.side_network import SideNetwork, TapRecord
 from cl_plugins.tokens import TokenLayout
 
 Gate = Literal["learnable", "one", "none", "linear", "hyperbolic"]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from cl_plugins._text import did_you_mean
 from cl_plugins.backbones import Backbone
-from cl_plugins.taps import SideNetwork, TapRecord
+from cl_plugins.side_network import SideNetwork, TapRecord
 from cl_plugins.tokens import run_late
 
 Variant = Literal["gated", "norm", "mlp"]

@@ -29,8 +29,9 @@ from torch.nn import functional as F
 
 from cl_plugins._text import did_you_mean
 from cl_plugins.heads import HIDDEN_LOGIT
+from cl_plugins.side_network import SideNetwork, TapRecord
 from cl_plugins.side_routing import TaskRouter
-from cl_plugins.taps import BackboneTaps, SideNetwork, TapRecord
+from cl_plugins.taps import BackboneTaps
 from cl_plugins.tokens import project
 
 Regime = Literal["shared", "first_session", "per_task", "per_task_dense"]
