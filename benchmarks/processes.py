@@ -39,6 +39,7 @@ TEAMS: dict[str, list[str]] = {
     "BalancedEMA": ["LoRA", "BalancedEMA"],
     "TaskGroups": ["LoRA", "TaskGroups"],
     "CacheFeatures": ["FrozenBackbone", "CacheFeatures"],
+    "CacheFeatures and LadderSideTuning": ["LadderSideTuning", "CacheFeatures"],
     "OVOR and NearestMean": ["OVOR", "NearestMean"],
     "MoRA and RanPAC": ["MoRA", "RanPAC"],
     "MaskedHead and BalancedEMA": ["MaskedHead", "BalancedEMA"],

@@ -62,6 +62,11 @@ class Row:
         counts = [[-1 if c is None else c for c in line] for line in (self.correct, self.total, self.correct_in_task)]
         return torch.tensor(counts, dtype=torch.int64)
 
+    @cached_property
+    def confusion_cells(self) -> Tensor:
+        """``confusion`` as int64, kept likewise."""
+        return torch.tensor(self.confusion, dtype=torch.int64)
+
 
 class ContinualCallback(Callback):
     """Base class of continual-learning methods and observers.

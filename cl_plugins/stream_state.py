@@ -31,11 +31,15 @@ KEY = "cl_plugins.StreamState"
 def rows_to_state(rows: Sequence[Row]) -> dict[str, Any]:
     """Rows as plain values and three tensors: a stream of 1,000 tasks saves a million counts each time."""
     told = [n for n, row in enumerate(rows) if row.confusion]
+    confusions = [rows[n].confusion_cells for n in told]
     return {
         "after": [row.after for row in rows],
         "seconds": [row.seconds for row in rows],
         "counts": torch.stack([row.cells for row in rows]) if rows else torch.zeros(0, dtype=torch.int64),
-        "confusion": {"rows": told, "counts": torch.tensor([rows[n].confusion for n in told], dtype=torch.int64)},
+        "confusion": {
+            "rows": told,
+            "counts": torch.stack(confusions or [torch.empty(0, dtype=torch.int64)])[: len(told)],
+        },
         "labels": {n: _plain(asdict(row.labels)) for n, row in enumerate(rows) if row.labels is not None},
     }
 
