@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning import strategies
 from torch import nn
 from torch.nn.functional import mse_loss
 
@@ -338,21 +339,25 @@ def test_hidden_gradients_are_refused():
     assert all_equal(before, weights_of(net))
 
 
-@pytest.mark.parametrize(
-    ("strategy", "text"),
-    [
-        ("ddp_spawn", "must not spawn processes"),
-        ("fsdp", "must leave whole gradients on each process, got FSDPStrategy"),
-    ],
-)
-def test_strategies_without_whole_gradients_are_refused(strategy, text):
-    if strategy == "fsdp":
-        trainer = quiet_trainer()
-        trainer.strategy.__class__ = type("FSDPStrategy", (type(trainer.strategy),), {})
+@pytest.mark.parametrize("kind", ["FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"])
+def test_sharding_strategies_are_refused(kind):
+    """Lightning's own objects where they can be made on a CPU; a Trainer takes them with GPUs only."""
+    trainer, module = quiet_trainer(), Regression()
+    before = weights_of(module)
+    if kind == "DeepSpeedStrategy":  # its constructor wants a package
+        trainer.strategy.__class__ = type(kind, (type(trainer.strategy),), {})
     else:
-        trainer = quiet_trainer(strategy=strategy, devices=2)
-    with pytest.raises(RuntimeError, match=text):
-        BalancedEMA().on_fit_start(trainer, Regression())
+        trainer._accelerator_connector.strategy = getattr(strategies, kind)()
+    ema = BalancedEMA()
+    with pytest.raises(RuntimeError, match=f"must leave whole gradients on each process, got {kind}"):
+        ema.on_fit_start(trainer, module)
+    assert not ema.average.running
+    assert all_equal(before, weights_of(module))
+
+
+def test_spawned_processes_are_refused():
+    with pytest.raises(RuntimeError, match="must not spawn processes, got DDPStrategy with a spawn or fork launcher"):
+        BalancedEMA().on_fit_start(quiet_trainer(strategy="ddp_spawn", devices=2), Regression())
 
 
 @pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
