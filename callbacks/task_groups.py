@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from cl_plugins.feature_groups import FeatureGroups
 from cl_plugins.instruction_groups import InstructionGroups, Match, task_texts
 from cl_plugins.module_average import ParameterFilter
 from cl_plugins.plugin import ContinualCallback
@@ -38,8 +39,10 @@ class TaskGroups(ContinualCallback):
     is answered with its own group's weights: by ``fit_stream`` on streams of instructions, else through :meth:`routed`.
 
     Args:
-        groups: the codebook; TF-IDF with the three options below when None.
-        texts: texts of a task; by default the stream's ``instructions(index)``, else description or class names.
+        groups: the codebook; TF-IDF with the three options below when None. :class:`FeatureGroups` for tasks without
+            text, with ``texts`` giving features.
+        texts: texts of a task, or its features ``(samples, dim)``; by default the stream's ``instructions(index)``,
+            else description or class names.
         start: weights of a new group: ``"last"``, as the task before left them, or ``"fresh"``, as before the first
             task.
         include: regular expression; only parameters whose name it finds belong to a group.
@@ -51,7 +54,7 @@ class TaskGroups(ContinualCallback):
         unmatched: group of a test text below the threshold, ``"best"`` when None.
 
     Raises:
-        ValueError: for an unknown ``start``, or options of a codebook beside ``groups``.
+        ValueError: for an unknown ``start``, options of a codebook beside ``groups``, or features without ``texts``.
 
     Example:
         >>> net, groups = nn.Linear(1, 1, bias=False), TaskGroups()
@@ -70,8 +73,8 @@ class TaskGroups(ContinualCallback):
 
     def __init__(
         self,
-        groups: InstructionGroups | None = None,
-        texts: Callable[[Task], Sequence[str]] | None = None,
+        groups: InstructionGroups | FeatureGroups | None = None,
+        texts: Callable[[Task], Any] | None = None,
         start: Literal["last", "fresh"] = "last",
         include: str | None = None,
         exclude: str | None = None,
@@ -87,7 +90,9 @@ class TaskGroups(ContinualCallback):
             raise ValueError(f"`groups` is a codebook and holds its options, got {', '.join(told)} beside it")
         if start not in ("last", "fresh"):
             raise ValueError(f"`start` must be 'last' or 'fresh', got {start!r}")
-        self.groups = InstructionGroups(**told) if groups is None else groups
+        if isinstance(groups, FeatureGroups) and texts is None:
+            raise ValueError("`texts` must give the features of a task beside FeatureGroups, got None")
+        self.groups: Any = InstructionGroups(**told) if groups is None else groups
         self.texts = texts
         self.start = start
         self.weights: list[Weights] = []
@@ -203,7 +208,7 @@ class TaskGroups(ContinualCallback):
             for i, h in enumerate(self.groups.history)
         ]
         told = getattr(self._stream, "test_instructions", None)
-        if not callable(told) or self.groups.unmatched == "error":
+        if not callable(told) or isinstance(self.groups, FeatureGroups) or self.groups.unmatched == "error":
             return events
         for i, h in enumerate(self.groups.history):
             texts = told(i)
@@ -212,12 +217,11 @@ class TaskGroups(ContinualCallback):
             events.append({"name": "TaskGroups/allocated", "task": i, "share": share})
         return events
 
-    def _texts_of(self, task: Task) -> Sequence[str]:
+    def _texts_of(self, task: Task) -> Any:
         if self.texts is not None:
             return self.texts(task)
         told = getattr(self._stream, "instructions", None)
-        texts: Sequence[str] = told(task.index) if callable(told) else task_texts(task)
-        return texts
+        return told(task.index) if callable(told) else task_texts(task)
 
     def _copy(self, module: nn.Module) -> Weights:
         return {n: p.detach().to("cpu", copy=True) for n, p in self._chosen.of(module).items()}
@@ -236,8 +240,21 @@ class TaskGroups(ContinualCallback):
     # Lightning's and the runner's hooks
 
     def on_stream_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stream: Stream) -> None:
-        """Remember whose instructions to read."""
+        """Remember whose instructions to read, and refuse those that cannot be compared before any training.
+
+        Raises:
+            ValueError: for two tasks of one name, or texts that cannot be compared, naming the task.
+        """
         self._stream = stream
+        names = [task.name for task in stream.tasks]
+        twice = [n for n in names if names.count(n) > 1]
+        if twice:
+            raise ValueError(f"`stream` must have tasks with names of their own, got {twice[0]!r} twice; rename one")
+        for task in stream.tasks if not isinstance(self.groups, FeatureGroups) else ():
+            try:
+                self.groups.checked(self._texts_of(task))
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"task {task.name!r}: {error}") from None
 
     def state_dict(self) -> dict[str, Any]:
         """Codebook, weights of the groups and the present decision."""

@@ -147,20 +147,29 @@ class InstructionGroups:
         self.history: list[dict[str, Any]] = []
         self._vectors: dict[str, Array] = {}
 
+    def checked(self, texts: Sequence[str]) -> list[str]:
+        """The texts that would be compared: distinct, in order, thinned.
+
+        Raises:
+            TypeError: for one string instead of a list, or what is no string.
+            ValueError: for no text, an empty one, or texts of stop words only where TF-IDF could not see them.
+        """
+        chosen = self._thin(clean_texts(texts))
+        silent = [] if callable(self.encoder) else wordless(chosen)
+        if silent:
+            raise ValueError(
+                f"`texts` must hold a word that is no stop word, got {silent[0]!r};"
+                " write what the task does, or use an `encoder` that reads whole sentences"
+            )
+        return chosen
+
     def match(self, texts: Sequence[str]) -> Match:
         """Decide for a task that is about to be trained; changes nothing.
 
         Raises:
-            ValueError: for no text, an empty one, or texts of stop words only where TF-IDF could not see them.
+            ValueError: for texts that :meth:`checked` refuses.
         """
-        chosen = self._thin(clean_texts(texts))
-        if not callable(self.encoder):
-            silent = wordless(chosen)
-            if silent:
-                raise ValueError(
-                    f"`texts` must hold a word that is no stop word, got {silent[0]!r};"
-                    " write what the task does, or use an `encoder` that reads whole sentences"
-                )
+        chosen = self.checked(texts)
         scores = self.scores(chosen)
         best = int(np.argmax(scores)) if scores else 0
         if not scores:

@@ -108,12 +108,14 @@ def test_faulty_encoders_are_refused(encoder, text):
 
 
 @pytest.mark.parametrize(("unmatched", "group"), [("best", 0), ("last", 1)])
-def test_allocation_of_sets_and_samples(unmatched, group):
+def test_allocation_of_sets_and_samples(unmatched, group, caplog):
     groups = InstructionGroups(threshold=0.3, unmatched=unmatched)
     groups.commit(groups.match(TRANSLATE))
     groups.commit(groups.match(SUMMARIZE))
     assert groups.allocate(SUMMARIZE).matched
-    strange = groups.allocate(["Plot the function"])
+    with caplog.at_level(logging.INFO, logger="cl_plugins.instruction_groups"):
+        strange = groups.allocate(["Plot the function"])
+    assert f"unmatched test text 'Plot the function': group {group} ({unmatched}): best score 0.000" in caplog.text
     assert (strange.group, strange.matched, strange.expanded) == (group, False, False)
     assert groups.allocate_samples([SUMMARIZE[0], TRANSLATE[1], "What is it", SUMMARIZE[0]]) == [1, 0, group, 1]
     assert len(groups.groups) == 2

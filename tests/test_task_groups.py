@@ -11,12 +11,12 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 
 from cl_plugins import Task, fit_stream
-from cl_plugins.callbacks import BalancedEMA, TaskGroups
+from cl_plugins.callbacks import BalancedEMA, MaskedHead, TaskGroups
 from cl_plugins.causal_lm import CausalLM, LanguageModule
 from cl_plugins.instruction_groups import InstructionGroups
 from cl_plugins.scenarios import InstructionStream
 from cl_plugins.scenarios.text_data import Example, TextTask
-from tests._helpers import quiet_trainer
+from tests._helpers import PlainModule, quiet_trainer, tiny_stream
 from tests._regression import all_equal, weights_of
 
 YES, YES_TOO, NO = "Answer yes to agree.", "Answer yes to approve.", "Deny everything now."
@@ -188,3 +188,29 @@ def test_options_of_the_codebook_by_name():
     assert (groups.threshold, groups.reduce, groups.unmatched) == (0.9, "max", "last")
     with pytest.raises(ValueError, match="`groups` is a codebook and holds its options, got threshold beside it"):
         TaskGroups(InstructionGroups(), threshold=0.5)
+
+
+@pytest.mark.parametrize(
+    ("instruction", "text"),
+    [
+        ("What is it?", "task 'bad': `texts` must hold a word that is no stop word, got 'What is it\\?'"),
+        (" ", "task 'bad': `texts` must hold texts with at least one word, got an empty one"),
+    ],
+)
+def test_a_later_task_that_cannot_be_compared_stops_the_stream_before_it_begins(instruction, text):
+    module, groups = _module(), TaskGroups()
+    before = weights_of(module)
+    stream = InstructionStream([_task("a", YES, "yes"), _task("bad", instruction, "no")], batch_size=4)
+    with pytest.raises(ValueError, match=text):
+        fit_stream(quiet_trainer(callbacks=[groups]), module, stream)
+    assert all_equal(before, weights_of(module))
+    assert groups.groups.history == []
+
+
+def test_two_tasks_of_one_name_stop_the_stream_before_it_begins():
+    module, stream = PlainModule(), tiny_stream()
+    stream.tasks = [Task(t.index, t.classes, "same", "Sort the letters") for t in stream.tasks]
+    before = weights_of(module)
+    with pytest.raises(ValueError, match="`stream` must have tasks with names of their own, got 'same' twice"):
+        fit_stream(quiet_trainer(callbacks=[MaskedHead(), TaskGroups()]), module, stream)
+    assert all_equal(before, weights_of(module))

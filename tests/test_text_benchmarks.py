@@ -151,3 +151,12 @@ def test_cl_bench_trains_by_the_whole_method(name, write, tasks, expected, tmp_p
     parts = zip(weights["q25"], weights["median"], weights["q75"], strict=True)
     assert all(0 < low <= mid <= high <= 1 for low, mid, high in parts)
     assert 0 <= weights["fallback_share"] <= 1
+
+
+def test_cl_bench_asks_in_unseen_words(tmp_path):
+    data = {"tasks": ["reverse", "add"], "n_train": 16, "n_test": 8, "test_wordings": "unseen"}
+    run_benchmark("ema", "instructions", epochs=1, data=data, out=tmp_path / "one", device="cpu", progress=False)
+    (run,) = read_runs(tmp_path)
+    shares = [e["share"] for e in run.plug if e["name"] == "TaskGroups/allocated"]
+    assert shares[0] == 1.0  # "word", "letters" and "reverse" are in no wording of the other task
+    assert 0 <= shares[1] <= 1
