@@ -12,6 +12,7 @@ works without the other.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from cl_plugins.feature_groups import FeatureGroups
 from cl_plugins.instruction_groups import InstructionGroups, Match, task_texts
 from cl_plugins.module_average import ParameterFilter
 from cl_plugins.plugin import ContinualCallback
@@ -37,16 +39,22 @@ class TaskGroups(ContinualCallback):
     is answered with its own group's weights: by ``fit_stream`` on streams of instructions, else through :meth:`routed`.
 
     Args:
-        groups: the codebook; TF-IDF with the loose threshold when None.
-        texts: texts of a task; by default the stream's ``instructions(index)``, else description or class names.
+        groups: the codebook; TF-IDF with the three options below when None. :class:`FeatureGroups` for tasks without
+            text, with ``texts`` giving features.
+        texts: texts of a task, or its features ``(samples, dim)``; by default the stream's ``instructions(index)``,
+            else description or class names.
         start: weights of a new group: ``"last"``, as the task before left them, or ``"fresh"``, as before the first
             task.
         include: regular expression; only parameters whose name it finds belong to a group.
         exclude: regular expression; parameters whose name it finds are shared by all groups.
         plugins: only what these plugins own, by their names under ``module.plugins``.
+        threshold: similarity from which a group is reused, as of :class:`InstructionGroups`;
+            ``"loose"`` when None.
+        reduce: similarity of a task to a group from its pairs of texts, ``"mean"`` when None.
+        unmatched: group of a test text below the threshold, ``"best"`` when None.
 
     Raises:
-        ValueError: for an unknown ``start``.
+        ValueError: for an unknown ``start``, options of a codebook beside ``groups``, or features without ``texts``.
 
     Example:
         >>> net, groups = nn.Linear(1, 1, bias=False), TaskGroups()
@@ -65,17 +73,26 @@ class TaskGroups(ContinualCallback):
 
     def __init__(
         self,
-        groups: InstructionGroups | None = None,
-        texts: Callable[[Task], Sequence[str]] | None = None,
+        groups: InstructionGroups | FeatureGroups | None = None,
+        texts: Callable[[Task], Any] | None = None,
         start: Literal["last", "fresh"] = "last",
         include: str | None = None,
         exclude: str | None = None,
         plugins: Sequence[str] | None = None,
+        threshold: float | str | None = None,
+        reduce: Literal["mean", "max"] | None = None,
+        unmatched: Literal["best", "last", "error"] | None = None,
     ) -> None:
         super().__init__()
+        told: dict[str, Any] = {"threshold": threshold, "reduce": reduce, "unmatched": unmatched}
+        told = {k: v for k, v in told.items() if v is not None}
+        if groups is not None and told:
+            raise ValueError(f"`groups` is a codebook and holds its options, got {', '.join(told)} beside it")
         if start not in ("last", "fresh"):
             raise ValueError(f"`start` must be 'last' or 'fresh', got {start!r}")
-        self.groups = InstructionGroups() if groups is None else groups
+        if isinstance(groups, FeatureGroups) and texts is None:
+            raise ValueError("`texts` must give the features of a task beside FeatureGroups, got None")
+        self.groups: Any = InstructionGroups(**told) if groups is None else groups
         self.texts = texts
         self.start = start
         self.weights: list[Weights] = []
@@ -181,18 +198,30 @@ class TaskGroups(ContinualCallback):
         return self.routed(predict) if callable(getattr(self._stream, "instructions", None)) else predict
 
     def report_events(self, module: nn.Module) -> list[dict[str, Any]]:
-        """One entry per task: its group, the similarity to each group, and the reason."""
-        return [
+        """Per task its group, the similarity to each group and the reason; and where its test prompts go at present.
+
+        The latter is the share of (at most 500) test prompts that find their task's group by their instruction, on
+        streams that tell ``test_instructions(index)``.
+        """
+        events = [
             {"name": "TaskGroups/group", "task": i, "group": h["group"], "scores": h["scores"], "reason": h["reason"]}
             for i, h in enumerate(self.groups.history)
         ]
+        told = getattr(self._stream, "test_instructions", None)
+        if not callable(told) or isinstance(self.groups, FeatureGroups) or self.groups.unmatched == "error":
+            return events
+        for i, h in enumerate(self.groups.history):
+            texts = told(i)
+            texts = texts[:: max(1, math.ceil(len(texts) / 500))]
+            share = self.groups.share_allocated(texts, h["group"])
+            events.append({"name": "TaskGroups/allocated", "task": i, "share": share})
+        return events
 
-    def _texts_of(self, task: Task) -> Sequence[str]:
+    def _texts_of(self, task: Task) -> Any:
         if self.texts is not None:
             return self.texts(task)
         told = getattr(self._stream, "instructions", None)
-        texts: Sequence[str] = told(task.index) if callable(told) else task_texts(task)
-        return texts
+        return told(task.index) if callable(told) else task_texts(task)
 
     def _copy(self, module: nn.Module) -> Weights:
         return {n: p.detach().to("cpu", copy=True) for n, p in self._chosen.of(module).items()}
@@ -211,8 +240,21 @@ class TaskGroups(ContinualCallback):
     # Lightning's and the runner's hooks
 
     def on_stream_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stream: Stream) -> None:
-        """Remember whose instructions to read."""
+        """Remember whose instructions to read, and refuse those that cannot be compared before any training.
+
+        Raises:
+            ValueError: for two tasks of one name, or texts that cannot be compared, naming the task.
+        """
         self._stream = stream
+        names = [task.name for task in stream.tasks]
+        twice = [n for n in names if names.count(n) > 1]
+        if twice:
+            raise ValueError(f"`stream` must have tasks with names of their own, got {twice[0]!r} twice; rename one")
+        for task in stream.tasks if not isinstance(self.groups, FeatureGroups) else ():
+            try:
+                self.groups.checked(self._texts_of(task))
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"task {task.name!r}: {error}") from None
 
     def state_dict(self) -> dict[str, Any]:
         """Codebook, weights of the groups and the present decision."""

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from cl_plugins.instruction_groups import InstructionGroups, Match, check_threshold
 from cl_plugins.text_similarity import Array, clean_texts, cosines
@@ -16,6 +17,8 @@ log = logging.getLogger(__name__)
 
 
 def _rows(features: Any) -> Array:
+    if isinstance(features, Tensor):
+        features = features.detach().double().cpu()
     rows = np.asarray(features, dtype=np.float64)
     if rows.ndim != 2 or not len(rows):
         raise ValueError(f"`features` must have the shape (samples, dim), got {rows.shape}")
@@ -100,6 +103,7 @@ class FeatureGroups:
             "threshold": self.threshold,
             "means": [[m.tolist() for m in group] for group in self.means],
             "history": [dict(h) for h in self.history],
+            "pending": None if self._pending is None else self._pending.tolist(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -107,6 +111,8 @@ class FeatureGroups:
         self.threshold = float(state["threshold"])
         self.means = [[np.asarray(m, dtype=np.float64) for m in group] for group in state["means"]]
         self.history = [dict(h) for h in state["history"]]
+        pending = state.get("pending")
+        self._pending = None if pending is None else np.asarray(pending, dtype=np.float64)
 
 
 def bootstrap_threshold(features: Any, quantile: float = 0.05, draws: int = 200, seed: int = 0) -> float:

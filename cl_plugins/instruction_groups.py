@@ -147,20 +147,29 @@ class InstructionGroups:
         self.history: list[dict[str, Any]] = []
         self._vectors: dict[str, Array] = {}
 
+    def checked(self, texts: Sequence[str]) -> list[str]:
+        """The texts that would be compared: distinct, in order, thinned.
+
+        Raises:
+            TypeError: for one string instead of a list, or what is no string.
+            ValueError: for no text, an empty one, or texts of stop words only where TF-IDF could not see them.
+        """
+        chosen = self._thin(clean_texts(texts))
+        silent = [] if callable(self.encoder) else wordless(chosen)
+        if silent:
+            raise ValueError(
+                f"`texts` must hold a word that is no stop word, got {silent[0]!r};"
+                " write what the task does, or use an `encoder` that reads whole sentences"
+            )
+        return chosen
+
     def match(self, texts: Sequence[str]) -> Match:
         """Decide for a task that is about to be trained; changes nothing.
 
         Raises:
-            ValueError: for no text, an empty one, or texts of stop words only where TF-IDF could not see them.
+            ValueError: for texts that :meth:`checked` refuses.
         """
-        chosen = self._thin(clean_texts(texts))
-        if not callable(self.encoder):
-            silent = wordless(chosen)
-            if silent:
-                raise ValueError(
-                    f"`texts` must hold a word that is no stop word, got {silent[0]!r};"
-                    " write what the task does, or use an `encoder` that reads whole sentences"
-                )
+        chosen = self.checked(texts)
         scores = self.scores(chosen)
         best = int(np.argmax(scores)) if scores else 0
         if not scores:
@@ -234,6 +243,16 @@ class InstructionGroups:
             holders = [j for j, group in enumerate(self.groups) if clean_texts([text])[0] in group]
             known[text] = holders[0] if len(holders) == 1 else self.allocate([text]).group
         return [known[text] for text in texts]
+
+    def share_allocated(self, texts: Sequence[str], group: int) -> float:
+        """Share of the texts that :meth:`allocate_samples` gives to a group, in [0, 1]; equal texts count each.
+
+        Raises:
+            ValueError: for no text.
+        """
+        if not texts:
+            raise ValueError("`texts` must hold at least one text, got none")
+        return sum(chosen == group for chosen in self.allocate_samples(texts)) / len(texts)
 
     def scores(self, texts: Sequence[str]) -> tuple[float, ...]:
         """Similarity of a set of texts to each group."""

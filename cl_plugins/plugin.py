@@ -84,6 +84,9 @@ class ContinualCallback(Callback):
     """What the method does to the feature in front of the classifier: leaves it to others, keeps it as pretrained and
     trains the classifier alone, trains weights inside the backbone, or replaces it by that of a side network."""
 
+    records: ClassVar[bool] = False
+    """Whether :meth:`on_row` collects what other callbacks made of the row; it is then called after theirs."""
+
     needs_steps: ClassVar[bool] = False
     """Whether a stream without any training step leaves this callback nothing to do."""
 
@@ -225,6 +228,12 @@ def plugins_of(trainer: pl.Trainer) -> list[ContinualCallback]:
     """The continual-learning callbacks of a Trainer, in its order."""
     callbacks: Sequence[Any] = trainer.callbacks  # type: ignore[attr-defined]
     return [c for c in callbacks if isinstance(c, ContinualCallback)]
+
+
+def tell_row(trainer: pl.Trainer, module: pl.LightningModule, row: Row) -> None:
+    """Hand a row to the plugins of a Trainer; those that record come last, wherever they stand."""
+    for plugin in sorted(plugins_of(trainer), key=lambda p: p.records):
+        plugin.on_row(trainer, module, row)
 
 
 def module_device(module: nn.Module) -> torch.device:

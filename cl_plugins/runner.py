@@ -26,7 +26,7 @@ from cl_plugins._lightning import Callback
 from cl_plugins.checkpoint_files import checkpoint_files, damage, newest_intact
 from cl_plugins.composition import check_composition
 from cl_plugins.evaluation import Predict, default_predict, drawn_columns, evaluate_tasks
-from cl_plugins.plugin import ContinualCallback, Row, plugins_of
+from cl_plugins.plugin import ContinualCallback, Row, plugins_of, tell_row
 from cl_plugins.result import StreamResult
 from cl_plugins.stream_checkpoint import KIND, StreamCheckpoint, StreamStopped, restore_between
 from cl_plugins.stream_state import StreamState, restore_result
@@ -170,8 +170,7 @@ def end_task(
         for plugin in plugins_of(trainer):
             plugin.on_task_end(trainer, module, stream.tasks[index])
     row = evaluate_tasks(module, stream, index, trainer=trainer, future=future, predict=predict, columns=columns)
-    for plugin in plugins_of(trainer):
-        plugin.on_row(trainer, module, row)
+    tell_row(trainer, module, row)
     return row
 
 
@@ -183,7 +182,11 @@ def _tell_failures(trainer: pl.Trainer, module: pl.LightningModule, plugins: lis
     except BaseException as error:
         if not trainer.interrupted:
             for plugin in plugins:
-                plugin.on_exception(trainer, module, error)
+                try:
+                    plugin.on_exception(trainer, module, error)
+                except Exception as second:  # what failed first is what must be seen
+                    name = type(plugin).__name__
+                    warnings.warn(f"{name} could not close what it opened: {second!r}", stacklevel=2)
         raise
 
 
@@ -332,8 +335,7 @@ def fit_stream(
                 predict = plugin.predictor(predict)
         if evaluate_initial and resume is None:
             result.initial = evaluate_tasks(module, stream, -1, trainer=trainer, predict=predict)
-            for plugin in plugins:
-                plugin.on_row(trainer, module, result.initial)
+            tell_row(trainer, module, result.initial)
         initial = _initial_states(trainer)
         if between is not None:
             restore_between(trainer, module, stream, between, plugins)

@@ -14,10 +14,11 @@ from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 Array = NDArray[np.float64]
 TextEncoder = Callable[[list[str]], Any]
-"""Takes n texts and gives n vectors ``(n, dim)`` as an array or a tensor on the CPU."""
+"""Takes n texts and gives n vectors ``(n, dim)`` as an array, or a tensor of any dtype on any device."""
 
 _UNSHARED = 1.0 + math.log(1.5)
 
@@ -116,7 +117,10 @@ def encode(encoder: TextEncoder, texts: Sequence[str]) -> Array:
     Raises:
         ValueError: when the encoder gives another number of rows or values that are not finite.
     """
-    vectors = np.asarray(encoder(list(texts)), dtype=np.float64)
+    made = encoder(list(texts))
+    if isinstance(made, Tensor):
+        made = made.detach().double().cpu()  # NumPy has no bfloat16 and takes no tensor with a gradient
+    vectors = np.asarray(made, dtype=np.float64)
     if vectors.ndim != 2 or len(vectors) != len(texts):
         raise ValueError(f"`encoder` must give one vector per text, ({len(texts)}, dim), got shape {vectors.shape}")
     if not np.isfinite(vectors).all():

@@ -22,12 +22,14 @@ class TextRule:
         inputs: all inputs, in a fixed order.
         answer: the output of an input.
         closed: test inputs are among those of training, for facts that no rule gives; elsewhere they are new.
+        unseen: more instructions of the same meaning, for tests in words that training did not have.
     """
 
     wordings: tuple[str, ...]
     inputs: Callable[[], Sequence[str]]
     answer: Callable[[str], str]
     closed: bool = False
+    unseen: tuple[str, ...] = ()
 
 
 @cache
@@ -99,11 +101,13 @@ RULES: dict[str, TextRule] = {
         ),
         _words,
         str.upper,
+        unseen=("Turn the word into upper-case letters.", "Make all letters of the word large."),
     ),
     "reverse": TextRule(
         ("Write the word backwards.", "Reverse the letters of the word.", "Spell the word from its end to its start."),
         _words,
         lambda w: w[::-1],
+        unseen=("Turn the word around.", "Give the letters of the word in reverse order."),
     ),
     "sort-letters": TextRule(
         (
@@ -113,6 +117,7 @@ RULES: dict[str, TextRule] = {
         ),
         _words,
         lambda w: "".join(sorted(w)),
+        unseen=("Order the word's letters alphabetically.", "Bring the letters into the order of the alphabet."),
     ),
     "count-vowels": TextRule(
         (
@@ -122,6 +127,7 @@ RULES: dict[str, TextRule] = {
         ),
         _words,
         lambda w: str(sum(c in "aeiou" for c in w)),
+        unseen=("Tell how many of the letters are vowels.", "Find the number of vowels."),
     ),
     "roman": TextRule(
         (
@@ -131,6 +137,7 @@ RULES: dict[str, TextRule] = {
         ),
         _numbers,
         lambda n: roman(int(n)),
+        unseen=("Express the number in Roman numerals.", "How did the Romans write this number?"),
     ),
     "first-letter": TextRule(
         (
@@ -140,6 +147,7 @@ RULES: dict[str, TextRule] = {
         ),
         _words,
         lambda w: w[0],
+        unseen=("What is the first letter of the word?", "Say which letter the word starts with."),
     ),
     "last-letter": TextRule(
         (
@@ -149,11 +157,13 @@ RULES: dict[str, TextRule] = {
         ),
         _words,
         lambda w: w[-1],
+        unseen=("What is the last letter of the word?", "Say which letter the word ends in."),
     ),
     "double-letters": TextRule(
         ("Write every letter of the word twice.", "Double each letter of the word.", "Repeat each letter in the word."),
         _words,
         lambda w: "".join(2 * c for c in w),
+        unseen=("Put each letter of the word down two times.", "Make every letter double."),
     ),
     "next-letters": TextRule(
         (
@@ -163,13 +173,23 @@ RULES: dict[str, TextRule] = {
         ),
         _words,
         _shift,
+        unseen=(
+            "Exchange every letter for its successor in the alphabet.",
+            "Use the following letter of the alphabet each time.",
+        ),
     ),
     "drop-vowels": TextRule(
         ("Remove the vowels from the word.", "Write the word without its vowels.", "Delete all vowels of the word."),
         lambda: tuple(w for w in _words() if any(c not in "aeiou" for c in w)),
         lambda w: "".join(c for c in w if c not in "aeiou"),
+        unseen=("Leave out all vowels of the word.", "Strip the word of its vowels."),
     ),
-    "add": TextRule(("Add the two numbers.", "Compute the sum.", "What do the numbers make together?"), _pairs, _sum),
+    "add": TextRule(
+        ("Add the two numbers.", "Compute the sum.", "What do the numbers make together?"),
+        _pairs,
+        _sum,
+        unseen=("What is the sum of the two numbers?", "Add them up and give the total."),
+    ),
     "character-name": TextRule(
         (
             "Give the Unicode name of the character.",
@@ -179,12 +199,18 @@ RULES: dict[str, TextRule] = {
         _characters,
         lambda c: unicode_data.name(c).lower(),
         closed=True,
+        unseen=("Tell the name of the character in Unicode.", "Which name does Unicode give to this character?"),
     ),
 }
 """Rules by the name of the task they make."""
 
+TEST_WORDINGS = ("same", "unseen")
+"""Whether a test asks in the words of training."""
 
-def rule_task(name: str, n_train: int = 500, n_test: int = 100, seed: int = 0, wordings: int = 3) -> TextTask:
+
+def rule_task(
+    name: str, n_train: int = 500, n_test: int = 100, seed: int = 0, wordings: int = 3, test_wordings: str = "same"
+) -> TextTask:
     """A task of a rule: inputs of the test are new, unless the rule is closed.
 
     Args:
@@ -193,9 +219,11 @@ def rule_task(name: str, n_train: int = 500, n_test: int = 100, seed: int = 0, w
         n_test: test examples, at most as many as there are inputs left.
         seed: of the choice of inputs and wordings.
         wordings: how many instructions are used, from the front.
+        test_wordings: ``"same"`` as in training, or ``"unseen"`` ones of the same meaning. Training examples and test
+            inputs do not depend on it.
 
     Raises:
-        ValueError: for an unknown rule or faulty numbers.
+        ValueError: for an unknown rule or kind of wordings, or faulty numbers.
 
     Example:
         >>> rule_task("reverse", n_train=1, n_test=1).train[0].output == rule_task("reverse", 1, 1).train[0].input[::-1]
@@ -206,6 +234,8 @@ def rule_task(name: str, n_train: int = 500, n_test: int = 100, seed: int = 0, w
     for text, value in (("n_train", n_train), ("n_test", n_test), ("wordings", wordings)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"`{text}` must be an integer of 1 or more, got {value!r}")
+    if test_wordings not in TEST_WORDINGS:
+        raise ValueError(f"`test_wordings` must be one of {', '.join(TEST_WORDINGS)}, got {test_wordings!r}")
     rule, rng = RULES[name], random.Random(f"{seed}/{name}")
     inputs = list(rule.inputs())
     rng.shuffle(inputs)
@@ -216,9 +246,10 @@ def rule_task(name: str, n_train: int = 500, n_test: int = 100, seed: int = 0, w
         n_test = min(n_test, len(inputs) // 3)
         asked, pool = inputs[:n_test], inputs[n_test:]
     told = rule.wordings[:wordings]
+    later = told if test_wordings == "same" else rule.unseen
 
-    def example(text: str) -> Example:
-        return Example(rng.choice(told), text, rule.answer(text))
+    def example(text: str, instructions: Sequence[str]) -> Example:
+        return Example(rng.choice(instructions), text, rule.answer(text))
 
-    train = [example(pool[i % len(pool)]) for i in range(n_train)]
-    return TextTask(name, train, [example(text) for text in asked], description=told[0])
+    train = [example(pool[i % len(pool)], told) for i in range(n_train)]
+    return TextTask(name, train, [example(text, later) for text in asked], description=told[0])

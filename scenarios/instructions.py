@@ -98,6 +98,8 @@ class InstructionStream(TaskStream):
         format: of the files in ``root``: ``"jsonl"``, ``"coin"`` or ``"trace"``.
         n_train: training examples per rule.
         n_test: test examples per rule.
+        test_wordings: of the rules: ``"same"`` as in training, or ``"unseen"`` paraphrases, to see what a method that
+            reads the instruction does with one it has not met. Training does not depend on it.
         order_seed: shuffles the tasks; None keeps their order.
         data_seed: of the rules' examples and of the order of samples.
         tokenizer: turns text into ids; bytes by default.
@@ -108,7 +110,8 @@ class InstructionStream(TaskStream):
         num_workers: processes that prepare batches.
 
     Raises:
-        ValueError: for two tasks of one name, no task, both ``tasks`` and ``root``, or faulty files.
+        ValueError: for two tasks of one name, no task, both ``tasks`` and ``root``, faulty files, or unseen wordings
+            of tasks that are no rules.
 
     Example:
         >>> stream = InstructionStream(["reverse", "add"], n_train=8, n_test=2, batch_size=4)
@@ -126,6 +129,7 @@ class InstructionStream(TaskStream):
         format: str = "jsonl",
         n_train: int = 500,
         n_test: int = 100,
+        test_wordings: str = "same",
         order_seed: int | None = None,
         data_seed: int = 0,
         tokenizer: Tokenizer | None = None,
@@ -141,12 +145,20 @@ class InstructionStream(TaskStream):
             )
         if root is None and format != "jsonl":
             raise ValueError(f"`root` must be a folder of files in format {format!r}, got None")
+        if test_wordings != "same" and (root is not None or not all(isinstance(t, str) for t in tasks or ())):
+            raise ValueError(
+                f"`test_wordings` must be 'same' for tasks that are no rules, got {test_wordings!r};"
+                " their test examples hold their own instructions"
+            )
         data_seed = check_seed("data_seed", data_seed)
         if root is not None:
             made = read_tasks(root, None if tasks is None else [str(t) for t in tasks], format)
         else:
             chosen: Sequence[TextTask | str] = DEFAULT_RULES if tasks is None else tasks
-            made = [t if isinstance(t, TextTask) else rule_task(t, n_train, n_test, data_seed) for t in chosen]
+            made = [
+                t if isinstance(t, TextTask) else rule_task(t, n_train, n_test, data_seed, 3, test_wordings)
+                for t in chosen
+            ]
         if order_seed is not None:
             order = np.random.default_rng(check_seed("order_seed", order_seed)).permutation(len(made))
             made = [made[i] for i in order]
@@ -186,6 +198,10 @@ class InstructionStream(TaskStream):
     def instructions(self, index: int) -> list[str]:
         """Distinct instructions of a task's training data, for grouping."""
         return self.text_tasks[index].instructions
+
+    def test_instructions(self, index: int) -> list[str]:
+        """The instruction of every test example of a task, one entry per example."""
+        return [e.instruction for e in self.text_tasks[index].test]
 
     def predict(self, module: nn.Module, batch: dict[str, Any]) -> Tensor:
         """Logits ``(batch, 2)`` of a right and a wrong answer; pass it to ``fit_stream`` as ``predict``."""

@@ -64,6 +64,10 @@ class TextTask:
         return list(dict.fromkeys(e.instruction for e in self.train))
 
 
+CODE_INSTRUCTION = "Continue the code."
+"""Instruction of prompts that are code and nothing else."""
+
+
 def _text(record: Any, key: str, where: str, default: str | None = None) -> str:
     if not isinstance(record, dict):
         raise ValueError(f"{where}: must be an object with the key {key!r}, got {type(record).__name__}")
@@ -130,13 +134,16 @@ def _records(path: Path) -> Iterable[tuple[str, Any]]:
 def read_trace(path: str | Path) -> list[Example]:
     """Examples of a TRACE file, a list of ``{"prompt": ..., "answer": ...}``.
 
-    The first line of the prompt is the instruction, or its first sentence when there is one line only.
+    The first line of the prompt is the instruction, or its first sentence when there is one line only. Prompts of code
+    alone (``<s> import ...``, as in Py150) hold none; they get :data:`CODE_INSTRUCTION`.
     """
     examples = []
     for where, record in _records(Path(path)):
         prompt, answer = _text(record, "prompt", where), _text(record, "answer", where)
         head, found, rest = prompt.strip().partition("\n")
-        if not found:
+        if head.startswith("<s>"):
+            head, rest = CODE_INSTRUCTION, prompt.strip()
+        elif not found:
             sentence, stop, rest = head.partition(". ")
             head = sentence + stop.strip()
         examples.append(_example(head, rest, answer, where))
@@ -146,7 +153,9 @@ def read_trace(path: str | Path) -> list[Example]:
 def coin_instruction(turn: str, task: str) -> tuple[str, str]:
     r"""Instruction and the rest of a question in CoIN's wording.
 
-    It is the last line of the question, but the part before the colon for Grounding and the second line for ImageNet.
+    It is the last line of the question, but the part before the colon for Grounding, and for ImageNet the line behind
+    the image: its last line is that of other tasks, whose group ImageNet is not in. (The release takes that line in
+    training, and the whole text of a test question.)
 
     Example:
         >>> coin_instruction("<image>\nWhat is it?\nAnswer the question using a single word.", "GQA")
@@ -158,12 +167,12 @@ def coin_instruction(turn: str, task: str) -> tuple[str, str]:
     if task.lower().startswith("grounding") and ":" in lines[-1]:
         head, _, rest = lines[-1].partition(":")
         return head.strip(), "\n".join([*lines[:-1], rest.strip()])
-    at = 1 if task.lower().startswith("imagenet") and len(lines) > 1 and "<image>" not in turn else len(lines) - 1
+    at = 0 if task.lower().startswith("imagenet") else len(lines) - 1
     return lines[at], "\n".join(lines[:at] + lines[at + 1 :])
 
 
 def read_coin(path: str | Path, task: str = "") -> list[Example]:
-    """Examples of a CoIN file: conversations for training, ``text`` with ``answer`` for testing.
+    """Examples of a CoIN file: conversations for training, ``text`` with ``answer`` or ``answer_bbox`` for testing.
 
     Args:
         path: the file.
@@ -179,7 +188,8 @@ def read_coin(path: str | Path, task: str = "") -> list[Example]:
                 raise ValueError(f"{where}: 'conversations' must hold a question and an answer, got {turns!r}")
             question, answer = _text(turns[0], "value", where), _text(turns[1], "value", where)
         else:
-            question, answer = _text(record, "text", where), _text(record, "answer", where)
+            key = "answer_bbox" if "answer_bbox" in record else "answer"
+            question, answer = _text(record, "text", where), _text(record, key, where)
         instruction, rest = coin_instruction(question, task)
         examples.append(_example(instruction, rest, answer, where, image))
     return examples

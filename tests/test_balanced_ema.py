@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning import strategies
 from torch import nn
 from torch.nn.functional import mse_loss
 
@@ -338,21 +339,69 @@ def test_hidden_gradients_are_refused():
     assert all_equal(before, weights_of(net))
 
 
-@pytest.mark.parametrize(
-    ("strategy", "text"),
-    [
-        ("ddp_spawn", "must not spawn processes"),
-        ("fsdp", "must leave whole gradients on each process, got FSDPStrategy"),
-    ],
-)
-def test_strategies_without_whole_gradients_are_refused(strategy, text):
-    if strategy == "fsdp":
-        trainer = quiet_trainer()
-        trainer.strategy.__class__ = type("FSDPStrategy", (type(trainer.strategy),), {})
+@pytest.mark.parametrize("kind", ["FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"])
+def test_sharding_strategies_are_refused(kind):
+    """Lightning's own objects where they can be made on a CPU; a Trainer takes them with GPUs only."""
+    trainer, module = quiet_trainer(), Regression()
+    before = weights_of(module)
+    if kind == "DeepSpeedStrategy":  # its constructor wants a package
+        trainer.strategy.__class__ = type(kind, (type(trainer.strategy),), {})
     else:
-        trainer = quiet_trainer(strategy=strategy, devices=2)
-    with pytest.raises(RuntimeError, match=text):
-        BalancedEMA().on_fit_start(trainer, Regression())
+        trainer._accelerator_connector.strategy = getattr(strategies, kind)()
+    ema = BalancedEMA()
+    with pytest.raises(RuntimeError, match=f"must leave whole gradients on each process, got {kind}"):
+        ema.on_fit_start(trainer, module)
+    assert not ema.average.running
+    assert all_equal(before, weights_of(module))
+
+
+def test_spawned_processes_are_refused():
+    with pytest.raises(RuntimeError, match="must not spawn processes, got DDPStrategy with a spawn or fork launcher"):
+        BalancedEMA().on_fit_start(quiet_trainer(strategy="ddp_spawn", devices=2), Regression())
+
+
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
+def test_a_stream_with_spawned_processes_is_refused_before_they_begin(strategy):
+    module = PlainModule()
+    before = weights_of(module)
+    trainer = quiet_trainer(callbacks=[MaskedHead(), BalancedEMA()], strategy=strategy, devices=2)
+    with pytest.raises(ValueError, match="`strategy` must not spawn processes"):
+        fit_stream(trainer, module, tiny_stream())
+    assert all_equal(before, weights_of(module))
+
+
+def test_memory_beside_the_model_is_two_float32_copies():
+    """All tensors that the callback can reach in the middle of a training, counted by their storage."""
+    module, ema, bytes_ = Regression(), BalancedEMA(), []
+
+    def reach(thing: object, found: dict[int, int], known: set[int]) -> None:
+        if id(thing) in known:
+            return
+        known.add(id(thing))
+        if isinstance(thing, nn.Parameter | nn.Module | torch.optim.Optimizer | pl.Trainer):
+            return
+        if isinstance(thing, torch.Tensor):
+            found[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+        elif isinstance(thing, dict):
+            for value in thing.values():
+                reach(value, found, known)
+        elif isinstance(thing, list | tuple | set):
+            for value in thing:
+                reach(value, found, known)
+        elif hasattr(thing, "__dict__"):
+            reach(vars(thing), found, known)
+
+    class Count(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            found: dict[int, int] = {}
+            reach(ema, found, set())
+            bytes_.append(sum(found.values()))
+
+    quiet_trainer(callbacks=[ema, Count()], max_epochs=1).fit(module, regression_data())
+    copies = 2 * 4 * sum(p.numel() for p in module.parameters())
+    tensors = len(list(module.parameters()))
+    assert len(bytes_) == 8
+    assert all(copies <= b <= copies + 8 * 4 * tensors * (i + 1) for i, b in enumerate(bytes_))  # scalars and their log
 
 
 def test_two_averages_need_tags_and_their_own_parameters():

@@ -16,7 +16,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 
 from cl_plugins import fit_stream
-from cl_plugins.callbacks import BalancedEMA, MaskedHead
+from cl_plugins.callbacks import BalancedEMA, MaskedHead, TaskGroups
 from tests._helpers import PlainModule, quiet_trainer, tiny_stream, tiny_vit
 from tests._regression import Regression, all_equal, regression_data, weights_of
 
@@ -56,6 +56,44 @@ def test_an_exception_in_validation_leaves_theweights_of(error):
     assert not ema.average.attached
 
 
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_an_exception_in_an_evaluation_from_a_checkpoint_leaves_its_weights(tmp_path, stage):
+    """The checkpoint's average is in place when the step fails; its weights are there afterwards."""
+    seen: list[torch.Tensor] = []
+
+    class Broken(Regression):
+        def fail(self, batch, batch_idx):
+            seen.append(self.net[0].weight.detach().clone())
+            raise ZeroDivisionError
+
+        validation_step = test_step = predict_step = fail
+
+    _, _, _, path = _fit_with_checkpoint(tmp_path)
+    saved = torch.load(path, weights_only=True)
+    module, ema = Broken(), BalancedEMA()
+    with pytest.raises(ZeroDivisionError):
+        getattr(quiet_trainer(callbacks=[ema]), stage)(module, regression_data(4), ckpt_path=path)
+    assert torch.equal(seen[0], saved["callbacks"]["BalancedEMA"]["average"]["averages"][0])
+    assert all_equal(weights_of(module), list(saved["state_dict"].values()))
+    assert not ema.average.attached
+
+
+def test_an_exception_in_the_evaluation_of_a_task_leaves_the_weights():
+    """The evaluation inside a stream puts a group's weights in, and the callback's own after it."""
+    module, groups = PlainModule(), TaskGroups(texts=lambda task: [f"Sort pile{task.index}"])
+
+    def fail(module, batch):
+        inside.append(weights_of(module))
+        raise ZeroDivisionError
+
+    inside: list[list[torch.Tensor]] = []
+    predict = groups.routed(fail, allocate=lambda batch: [0] * len(batch))
+    with pytest.raises(ZeroDivisionError):
+        fit_stream(quiet_trainer(callbacks=[groups, BalancedEMA()]), module, tiny_stream(), predict=predict)
+    assert len(inside) == 1
+    assert all_equal(weights_of(module), list(groups.weights[0].values()))
+
+
 def test_averaged_context_restores_after_an_exception():
     module, ema = Regression(), BalancedEMA(finalize=False)
     quiet_trainer(callbacks=[ema]).fit(module, regression_data())
@@ -90,6 +128,20 @@ def test_export_of_averaged_parameters_alone():
     module.net[0].requires_grad_(False)
     quiet_trainer(callbacks=[ema]).fit(module, regression_data())
     assert list(ema.averaged_state_dict(module, only_averaged=True)) == ["net.2.weight", "net.2.bias"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exported_weights_are_a_complete_state_of_the_modules_dtype(dtype):
+    module, ema = Regression().to(dtype), BalancedEMA("fixed", decay=0.5, finalize=False)
+    data = regression_data()
+    quiet_trainer(callbacks=[ema], precision="bf16-true" if dtype == torch.bfloat16 else "32-true").fit(module, data)
+    exported, fresh = ema.averaged_state_dict(module), Regression(seed=1).to(dtype)
+    fresh.load_state_dict(exported, strict=True)
+    assert {v.dtype for v in exported.values()} == {dtype}
+    with ema.averaged(module):
+        assert all_equal(weights_of(fresh), weights_of(module))
+    exported["net.0.weight"].zero_()  # a copy, not the average itself
+    assert bool(ema.average.averager.averages[0].any())
 
 
 # several Trainers, and evaluation from checkpoints

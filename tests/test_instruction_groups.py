@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from cl_plugins import Task
 from cl_plugins.feature_groups import FeatureGroups, bootstrap_threshold, suggest_threshold
 from cl_plugins.instruction_groups import THRESHOLDS, InstructionGroups, task_texts
+from cl_plugins.scenarios.instruction_rules import RULES
+from cl_plugins.scenarios.instructions import DEFAULT_RULES
 from cl_plugins.text_similarity import clean_texts, pairwise_tfidf
 
 TRANSLATE = ["Translate the sentence into French", "Give a French translation of the sentence"]
@@ -105,12 +108,14 @@ def test_faulty_encoders_are_refused(encoder, text):
 
 
 @pytest.mark.parametrize(("unmatched", "group"), [("best", 0), ("last", 1)])
-def test_allocation_of_sets_and_samples(unmatched, group):
+def test_allocation_of_sets_and_samples(unmatched, group, caplog):
     groups = InstructionGroups(threshold=0.3, unmatched=unmatched)
     groups.commit(groups.match(TRANSLATE))
     groups.commit(groups.match(SUMMARIZE))
     assert groups.allocate(SUMMARIZE).matched
-    strange = groups.allocate(["Plot the function"])
+    with caplog.at_level(logging.INFO, logger="cl_plugins.instruction_groups"):
+        strange = groups.allocate(["Plot the function"])
+    assert f"unmatched test text 'Plot the function': group {group} ({unmatched}): best score 0.000" in caplog.text
     assert (strange.group, strange.matched, strange.expanded) == (group, False, False)
     assert groups.allocate_samples([SUMMARIZE[0], TRANSLATE[1], "What is it", SUMMARIZE[0]]) == [1, 0, group, 1]
     assert len(groups.groups) == 2
@@ -225,6 +230,29 @@ def test_suggested_threshold_separates():
         suggest_threshold(groups, texts, labels=[0, 1, 0, 1])
     with pytest.raises(ValueError, match="`tasks` must be at least 3"):
         suggest_threshold(groups, texts[:2])
+
+
+@pytest.mark.parametrize(("reduce", "right"), [("mean", 8), ("max", 9)])
+def test_reworded_instructions_find_their_group_less_often(reduce, right):
+    """The figures of docs/ema.md: every seen wording, and 8 or 9 of 12 paraphrases, with a group per task."""
+    groups = InstructionGroups(threshold=0.3, reduce="mean")
+    for name in DEFAULT_RULES:
+        assert groups.match(RULES[name].wordings).expanded
+        groups.commit(groups.match(RULES[name].wordings), name)
+    groups.reduce = reduce
+    assert all(groups.share_allocated(RULES[n].wordings, i) == 1.0 for i, n in enumerate(DEFAULT_RULES))
+    shares = [groups.share_allocated(RULES[n].unseen, i) for i, n in enumerate(DEFAULT_RULES)]
+    assert sum(shares) * 2 == right
+    with pytest.raises(ValueError, match="`texts` must hold at least one text"):
+        groups.share_allocated([], 0)
+
+
+@pytest.mark.parametrize("threshold", [0.28, "loose", 0.49])
+def test_related_rules_share_a_group_in_any_order(threshold):
+    for order in permutations(["first-letter", "last-letter", "count-vowels", "drop-vowels"]):
+        groups = InstructionGroups(threshold=threshold)
+        of = {n: groups.commit(groups.match(RULES[n].wordings), n) for n in order}
+        assert of["first-letter"] == of["last-letter"] != of["count-vowels"] == of["drop-vowels"]
 
 
 def _features(direction: int, n: int = 40, seed: int = 0) -> np.ndarray:

@@ -67,6 +67,29 @@ def test_character_names_are_those_of_any_python():
         assert unicodedata.name(character).lower() == RULES["character-name"].answer(character)
 
 
+@pytest.mark.parametrize("name", RULES)
+def test_unseen_wordings_change_the_words_of_the_test_alone(name):
+    same, reworded = (rule_task(name, 40, 20, seed=3, test_wordings=w) for w in ("same", "unseen"))
+    assert same.train == reworded.train
+    assert [(e.input, e.output) for e in same.test] == [(e.input, e.output) for e in reworded.test]
+    asked = {e.instruction for e in reworded.test}
+    assert asked == set(RULES[name].unseen)
+    others = [w for r in RULES.values() for w in r.wordings]
+    assert asked.isdisjoint(others)  # not the words of any task's training
+
+
+def test_unseen_wordings_of_a_stream():
+    stream = InstructionStream(["reverse", "add"], n_train=4, n_test=6, test_wordings="unseen")
+    assert set(stream.test_instructions(1)) <= set(RULES["add"].unseen)
+    assert len(stream.test_instructions(1)) == 6
+    assert set(stream.instructions(1)) <= set(RULES["add"].wordings)
+    with pytest.raises(ValueError, match="`test_wordings` must be one of same, unseen, got 'new'"):
+        InstructionStream(["reverse"], test_wordings="new")
+    rows = [Example("Say it.", "", "yes")]
+    with pytest.raises(ValueError, match="`test_wordings` must be 'same' for tasks that are no rules, got 'unseen'"):
+        InstructionStream([TextTask("a", rows, rows)], test_wordings="unseen")
+
+
 def test_unknown_rules_are_refused():
     with pytest.raises(ValueError, match="did you mean 'reverse'"):
         rule_task("revers")
@@ -173,7 +196,9 @@ def test_coin_files(tmp_path):
 
 def test_coin_instructions_by_task():
     assert coin_instruction("Locate the region: red car", "Grounding") == ("Locate the region", "red car")
-    assert coin_instruction("What is this?\nAnswer with a name.\nHint", "ImageNet")[0] == "Answer with a name."
+    for image in ("", "<image>\n"):  # as in the test and in the training file
+        told = coin_instruction(f"{image}What is the object in the image?\nAnswer with a word.", "ImageNet")
+        assert told == ("What is the object in the image?", "Answer with a word.")
 
 
 def test_rows_of_other_libraries():

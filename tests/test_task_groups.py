@@ -11,12 +11,12 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 
 from cl_plugins import Task, fit_stream
-from cl_plugins.callbacks import BalancedEMA, TaskGroups
+from cl_plugins.callbacks import BalancedEMA, MaskedHead, TaskGroups
 from cl_plugins.causal_lm import CausalLM, LanguageModule
 from cl_plugins.instruction_groups import InstructionGroups
 from cl_plugins.scenarios import InstructionStream
 from cl_plugins.scenarios.text_data import Example, TextTask
-from tests._helpers import quiet_trainer
+from tests._helpers import PlainModule, quiet_trainer, tiny_stream
 from tests._regression import all_equal, weights_of
 
 YES, YES_TOO, NO = "Answer yes to agree.", "Answer yes to approve.", "Deny everything now."
@@ -57,11 +57,10 @@ def test_the_whole_method(order, given):
     with groups.weights_of(module, 0):
         own = weights_of(module)
     assert not all_equal(own, list(groups.weights[1].values()))
-    assert [e["reason"].split(":")[0] for e in groups.report_events(module)] == [
-        "new group 0",
-        "new group 1",
-        "reuse group 0",
-    ]
+    events = groups.report_events(module)
+    reasons = [e["reason"].split(":")[0] for e in events if e["name"] == "TaskGroups/group"]
+    assert reasons == ["new group 0", "new group 1", "reuse group 0"]
+    assert [e["share"] for e in events if e["name"] == "TaskGroups/allocated"] == [1.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("start", ["last", "fresh"])
@@ -169,3 +168,49 @@ def test_refusals():
     with pytest.raises(RuntimeError, match="`weight` must keep its shape"):
         groups.start_task(nn.Linear(3, 2), Task(1, (0,), name="b", description=YES))
     copy.deepcopy(groups.state_dict())
+
+
+def test_share_of_test_prompts_that_find_their_group():
+    """A paraphrase without the task's words goes astray, and the share says so."""
+    mixed = [Example(YES, "", "yes"), Example("Deny nothing, approve.", "", "yes")]
+    stream = InstructionStream([TextTask("a", [Example(YES, "", "yes")] * 4, mixed * 2), _task("b", NO, "no")])
+    groups, module = TaskGroups(threshold=0.9), nn.Linear(1, 1)
+    groups.on_stream_start(None, None, stream)
+    for task in stream.tasks:
+        groups.start_task(module, task)
+        groups.end_task(module, task)
+    shares = [e["share"] for e in groups.report_events(module) if e["name"] == "TaskGroups/allocated"]
+    assert shares == [0.5, 1.0]
+
+
+def test_options_of_the_codebook_by_name():
+    groups = TaskGroups(threshold="strict", reduce="max", unmatched="last").groups
+    assert (groups.threshold, groups.reduce, groups.unmatched) == (0.9, "max", "last")
+    with pytest.raises(ValueError, match="`groups` is a codebook and holds its options, got threshold beside it"):
+        TaskGroups(InstructionGroups(), threshold=0.5)
+
+
+@pytest.mark.parametrize(
+    ("instruction", "text"),
+    [
+        ("What is it?", "task 'bad': `texts` must hold a word that is no stop word, got 'What is it\\?'"),
+        (" ", "task 'bad': `texts` must hold texts with at least one word, got an empty one"),
+    ],
+)
+def test_a_later_task_that_cannot_be_compared_stops_the_stream_before_it_begins(instruction, text):
+    module, groups = _module(), TaskGroups()
+    before = weights_of(module)
+    stream = InstructionStream([_task("a", YES, "yes"), _task("bad", instruction, "no")], batch_size=4)
+    with pytest.raises(ValueError, match=text):
+        fit_stream(quiet_trainer(callbacks=[groups]), module, stream)
+    assert all_equal(before, weights_of(module))
+    assert groups.groups.history == []
+
+
+def test_two_tasks_of_one_name_stop_the_stream_before_it_begins():
+    module, stream = PlainModule(), tiny_stream()
+    stream.tasks = [Task(t.index, t.classes, "same", "Sort the letters") for t in stream.tasks]
+    before = weights_of(module)
+    with pytest.raises(ValueError, match="`stream` must have tasks with names of their own, got 'same' twice"):
+        fit_stream(quiet_trainer(callbacks=[MaskedHead(), TaskGroups()]), module, stream)
+    assert all_equal(before, weights_of(module))
