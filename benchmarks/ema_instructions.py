@@ -36,7 +36,7 @@ from cl_plugins.scenarios import InstructionStream
 
 RULES: dict[str, dict[str, Any]] = {
     **{f"fixed {d}": {"rule": "fixed", "decay": d} for d in (0.9, 0.99, 0.995, 0.999)},
-    **{f"horizon {k}": {"rule": "horizon", "keep": k} for k in (0.1, 0.25, 0.5)},
+    **{f"horizon {k}": {"rule": "horizon", "keep": k} for k in (0.1, 0.25, 0.4, 0.5)},
     "released": {"rule": "released"},
     "dimension_free 0.05": {"rule": "dimension_free", "rho": 0.05},
 }
@@ -142,6 +142,10 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=50)
     parser.add_argument("--out", type=Path, default=Path("runs/ema_instructions"))
     arguments = parser.parse_args()
+    for method in arguments.methods:
+        kind, _, rule = method.partition(" + ")
+        if not (method in RULES or (kind.startswith(("plain", "groups")) and (not rule or rule in RULES))):
+            parser.error(f"`--methods` takes plain, groups, groups + RULE, RULE: {', '.join(RULES)}; got {method!r}")
     arguments.out.mkdir(parents=True, exist_ok=True)
     quiet_lightning()
     print("| method | accuracy | forgetting | learning |\n|---|---|---|---|", flush=True)

@@ -138,8 +138,8 @@ class Meter(ContinualCallback):
         self.memory.append({"tasks": tasks, "resident": resident_bytes(), "held": held_bytes(module)})
 
 
-def measure(method: str, tasks: int) -> dict[str, Any]:
-    """One stream."""
+def measure(method: str, tasks: int, evaluate_old: int | None = None) -> dict[str, Any]:
+    """One stream; ``evaluate_old`` draws so many old columns after each task but the last."""
     quiet_lightning()
     pl.seed_everything(0, verbose=False)
     labels = torch.arange(2 * tasks)
@@ -159,7 +159,7 @@ def measure(method: str, tasks: int) -> dict[str, Any]:
             max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
             callbacks=callbacks, default_root_dir=folder,
         )  # fmt: skip
-        fit_stream(trainer, module, stream)
+        fit_stream(trainer, module, stream, evaluate_old=evaluate_old)
         sizes = {p.suffix: p.stat().st_size for p in Path(folder).rglob("*") if p.is_file()}
     first = next(m for m in meter.memory if m["tasks"] >= tasks // 10)
     last, tenth = meter.memory[-1], max(1, tasks // 10)
@@ -167,6 +167,7 @@ def measure(method: str, tasks: int) -> dict[str, Any]:
     return {
         "method": method,
         "tasks": tasks,
+        "evaluate_old": evaluate_old,
         "grown_bytes": grown,
         "explained_bytes": explained,
         "unexplained_share_of_memory": (grown - explained) / last["resident"],
@@ -221,13 +222,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", default=sorted(METHODS), choices=sorted(METHODS))
     parser.add_argument("--tasks", type=int, default=1000, help=f"a multiple of {COLUMNS * EVERY}")
+    parser.add_argument("--evaluate-old", type=int, help="draw so many of the learned columns after each task")
     parser.add_argument("--out", type=Path, default=Path("long_stream"), help="stem of the .json and .svg")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     target = arguments.out.with_suffix(".json")
     known = json.loads(target.read_text(encoding="utf-8"))["results"] if target.exists() else []
     for method in arguments.methods:
-        result = measure(method, arguments.tasks)
+        result = measure(method, arguments.tasks, arguments.evaluate_old)
         known = [r for r in known if r["method"] != method] + [result]
         print({k: v for k, v in result.items() if k not in ("memory", "task_seconds")}, flush=True)
         write_json(target, {"results": known})

@@ -39,7 +39,10 @@ TEAMS: dict[str, list[str]] = {
     "BalancedEMA": ["LoRA", "BalancedEMA"],
     "TaskGroups": ["LoRA", "TaskGroups"],
     "CacheFeatures": ["FrozenBackbone", "CacheFeatures"],
+    "CacheFeatures and LadderSideTuning": ["LadderSideTuning", "CacheFeatures"],
     "OVOR and NearestMean": ["OVOR", "NearestMean"],
+    "MoRA and RanPAC": ["MoRA", "RanPAC"],
+    "MaskedHead and BalancedEMA": ["MaskedHead", "BalancedEMA"],
     "no method": [],
 }
 """Callbacks that need another one, and combinations beside the single callbacks."""

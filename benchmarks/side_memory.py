@@ -3,6 +3,8 @@
     python benchmarks/side_memory.py                        # bytes for ViT-Ti, -S, -B; step times for ViT-Ti and -S
     python benchmarks/side_memory.py --sizes Ti --no-bytes  # times alone
     python benchmarks/side_memory.py --device cuda          # peak memory of the device as well
+    python benchmarks/side_memory.py --recipes              # recipes of cl-bench on the bundled backbone, bytes alone
+    python benchmarks/side_memory.py --text                 # beside the text tower of open_clip's ViT-B-32, bytes alone
 
 Bytes: distinct storages that a forward pass with loss saves for backward, without parameters, buffers and images.
 Times: forward, backward and fused AdamW, the methods one after the other in each round, best of the rounds.
@@ -98,6 +100,55 @@ class _Stream:
     train_loader_for_features = test_loader
 
 
+def recipes(batch: int = 32, classes: int = 10) -> dict[str, tuple[int, float]]:
+    """Trained parameters and saved bytes per image in a recipe's first task on the bundled backbone."""
+    from cl_plugins.backbones import vit_glyph
+    from cl_plugins.benchmark import build_callbacks
+    from cl_plugins.recipes import load_recipe
+
+    x = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = {}
+    for name in ("joint", "lora", "frozen-linear", "lst", "sherl", "side-tuning", "hst-lean", "hst"):
+        model = vit_glyph(pretrained=True, num_classes=100)
+        for plugin in build_callbacks(load_recipe(name, "split-glyphs-100"), 0):
+            plugin.install(model)
+            plugin.start_task(model, Task(0, tuple(range(classes))))
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        found[name] = (trained, saved_bytes(model.train(), x, torch.arange(batch) % classes) / batch)
+    return found
+
+
+class _Texts(nn.Module):
+    """A classifier on a text tower."""
+
+    def __init__(self, **sizes: int) -> None:
+        super().__init__()
+        from open_clip.transformer import TextTransformer
+
+        self.tower = TextTransformer(**sizes)
+        self.classifier = nn.Linear(512, 100)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(self.tower(ids))
+        return logits
+
+
+def texts(batch: int = 4, **sizes: int) -> dict[str, float]:
+    """Saved bytes per text of 77 tokens beside a text tower, by default that of open_clip's ViT-B-32."""
+    ids = torch.randint(1, 1000, (batch, 77), generator=torch.Generator().manual_seed(0))
+    ids[:, 40] = 1001
+    found = {}
+    for name in ("full fine-tuning", "LST r8", "LST r8, quarter dropped", "LST r16", "SHERL r8"):
+        torch.manual_seed(0)
+        model = _Texts(**{"width": 512, "heads": 8, "layers": 12, "vocab_size": 49408, **sizes})
+        plugin = METHODS[name]()
+        if plugin is not None:
+            plugin.install(model)
+            plugin.start_task(model, TASK)
+        found[name] = saved_bytes(model.train(), ids, torch.arange(batch)) / batch
+    return found
+
+
 def steps(size: str, batch: int, rounds: int, device: str) -> dict[str, float]:
     """Seconds per step of each method, interleaved, on the processor's clock where there is no other device."""
     runs: dict[str, Callable[[], None]] = {}
@@ -183,7 +234,18 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--no-bytes", action="store_true")
     parser.add_argument("--json", help="write the numbers into this file")
+    parser.add_argument("--recipes", action="store_true", help="bytes of the recipes on the bundled backbone alone")
+    parser.add_argument("--text", action="store_true", help="bytes beside a text tower alone")
     options = parser.parse_args()
+    if options.recipes:
+        for name, (trained, size_) in recipes().items():
+            print(f"  {name:16s} {trained:>9,} trained parameters {size_ / 2**10:8.0f} KiB per image")
+    if options.text:
+        row = texts()
+        for name, value in row.items():
+            print(f"  {name:26s} {value / 2**20:8.2f} MiB per text  {value / row['full fine-tuning']:.3f}")
+    if options.recipes or options.text:
+        return
     numbers: dict[str, dict[str, dict[str, float]]] = {"bytes": {}, "seconds": {}, "peak": {}, "reading": {}}
     for size in [] if options.no_bytes else options.sizes:
         batch = options.batch or (1 if size == "B" else 2)

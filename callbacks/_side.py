@@ -15,8 +15,9 @@ from cl_plugins.backbones import Backbone, find_backbone
 from cl_plugins.decay import exempt_from_decay
 from cl_plugins.features import collect_features
 from cl_plugins.head_phase import gather_rows
+from cl_plugins.side_network import SideNetwork
 from cl_plugins.side_routing import TaskRouter
-from cl_plugins.taps import SideNetwork, backbone_taps
+from cl_plugins.taps import backbone_taps
 
 from .baselines import FrozenBackbone
 
@@ -107,7 +108,11 @@ class SideCallback(FrozenBackbone):
 
     def install(self, module: nn.Module) -> None:
         """Tap the backbone, hook the side networks to the classifier and freeze the rest."""
-        found, head, plugins = find_backbone(module, self.backbone), self.find(module), plugin_modules(module)
+        found, head, plugins = (
+            find_backbone(module, self.backbone, text=True),
+            self.find(module),
+            plugin_modules(module),
+        )
         if self.plugin not in plugins:
             build = self.factory(found, head)
             with torch.random.fork_rng():

@@ -121,7 +121,7 @@ class FrozenBackbone(MaskedHead):
 
     def find(self, module: nn.Module) -> nn.Linear:
         """The classifier of ``module``."""
-        return find_head(module, find_backbone(module, self.backbone), self.head)[1]
+        return find_head(module, find_backbone(module, self.backbone, text=True), self.head)[1]
 
     def install(self, module: nn.Module) -> None:
         """Freeze all but the classifier and hook the mask to it."""
@@ -135,7 +135,7 @@ class FrozenBackbone(MaskedHead):
 
 def freeze_backbone(module: nn.Module, head: nn.Module, backbone: str | None = None) -> None:
     """Freeze everything in ``module`` but its classifier and keep the backbone in eval mode; idempotent."""
-    found = find_backbone(module, backbone)
+    found = find_backbone(module, backbone, text=True)
     plugins = plugin_modules(module)
     freeze(module, except_=[head, *plugins.values()])
     if "eval_guard" not in plugins:

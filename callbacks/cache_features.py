@@ -94,7 +94,7 @@ class CacheFeatures(ContinualCallback):
         return None
 
     def _find(self, module: nn.Module) -> tuple[Any, nn.Linear]:
-        found = find_backbone(module, self.backbone)
+        found = find_backbone(module, self.backbone, text=True)
         return found, find_head(module, found, self.head)[1]
 
     def install(self, module: nn.Module) -> None:

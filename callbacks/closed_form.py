@@ -132,7 +132,7 @@ class NearestMean(ContinualCallback):
 
     def find(self, module: nn.Module) -> nn.Linear:
         """The classifier whose logits are replaced."""
-        return find_head(module, find_backbone(module, self.backbone), self.head)[1]
+        return find_head(module, find_backbone(module, self.backbone, text=True), self.head)[1]
 
     def install(self, module: nn.Module) -> None:
         """Hook the computed classifier to the module's own."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import platform
 import sys
@@ -82,6 +83,7 @@ class ForgettingDashboard(ContinualCallback):
     """
 
     training: ClassVar[Literal["required", "none", "neutral"]] = "neutral"
+    records: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -149,6 +151,8 @@ class ForgettingDashboard(ContinualCallback):
         if trainer.global_rank != 0:
             return
         self._close()
+        if self._report is not None:  # seconds, best before there is a run that an interruption would leave half open
+            importlib.import_module("cl_plugins.report")
         self._writer = RunWriter(self.path, self.run_id)
         self.run_id = self._writer.run_id
         self._begun, self._rendering, self._before = time.perf_counter(), 0.0, None

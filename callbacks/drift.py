@@ -51,9 +51,6 @@ class DriftTracker(ContinualCallback):
     Note:
         The ECE of few samples is biased upward; a task gets ``probe / tasks`` of them. Compare values of equal numbers.
 
-    Raises:
-        ValueError: at the start of the stream, when a ``ForgettingDashboard`` stands before this callback.
-
     Example:
         >>> tracker = DriftTracker(probe=256)
         >>> tracker.rows
@@ -91,12 +88,6 @@ class DriftTracker(ContinualCallback):
 
     def on_stream_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stream: Stream) -> None:
         """Begin without a measurement; a resume loads those there are."""
-        order = [type(p).__name__ for p in plugins_of(trainer)]
-        if "ForgettingDashboard" in order[: order.index(type(self).__name__)]:
-            raise ValueError(
-                "`callbacks` must hold the DriftTracker before the ForgettingDashboard, which records what it measured,"
-                f" got {', '.join(order)}"
-            )
         self._stream, self.rows, self._first, self._previous = stream, [], None, None
 
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Any) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, ClassVar, cast
 
 from torch import nn
 
@@ -24,7 +23,8 @@ from cl_plugins.adapters.hierarchical_side import HierarchicalSide
 from cl_plugins.adapters.side_bank import Regime, Routing
 from cl_plugins.backbones import Backbone, find_backbone
 from cl_plugins.plugin import ContinualCallback
-from cl_plugins.taps import SideNetwork, token_layout
+from cl_plugins.side_network import SideNetwork
+from cl_plugins.tokens import check_free_positions, check_tokens, image_channels, token_layout
 
 from ._side import SideCallback
 from .cache_features import CacheFeatures
@@ -89,13 +89,24 @@ class LeanHierarchicalSideTuning(SideCallback):
         self.drop_path = drop_path
 
     def factory(self, backbone: Backbone, head: nn.Linear) -> Callable[[], SideNetwork]:
-        """A pyramid with one block for each of the backbone's."""
+        """A pyramid with one block for each of the backbone's.
+
+        Raises:
+            ValueError: for a text tower, a backbone whose tokens do not fit, or a classifier narrower than the last
+                level.
+        """
+        if backbone.kind == "text":
+            raise ValueError(
+                f"`backbone` must read images for {type(self).__name__}, whose pyramid stands on the image, got a text"
+                " tower; use LadderSideTuning, Sherl or SideTuning"
+            )
         if self.widths[-1] > head.in_features:
             raise ValueError(
                 f"`widths` must end with at most {head.in_features}, the classifier's input, got {self.widths!r}"
             )
-        model = cast("Any", backbone.model)
-        stem = model.conv1 if backbone.kind == "open_clip" else model.patch_embed.proj
+        check_tokens(backbone)
+        if self.registers:
+            check_free_positions(backbone, type(self).__name__)
         return partial(
             HierarchicalSide,
             backbone.embed_dim,
@@ -105,8 +116,9 @@ class LeanHierarchicalSideTuning(SideCallback):
             heads=self.heads,
             depths=self.depths,
             drop_path=self.drop_path,
-            channels=int(getattr(stem, "in_channels", 3)),
+            channels=image_channels(backbone),
             layout=token_layout(backbone),
+            blocks=backbone.blocks if self.registers else (),
         )
 
 
@@ -114,7 +126,9 @@ class HierarchicalSideTuning(LeanHierarchicalSideTuning):
     """Trains a pyramid, register tokens in every block and the norms of the backbone's blocks, as published.
 
     Few parameters, but not little memory: registers and norms keep the graph of the whole backbone, more than full
-    fine-tuning on small backbones. Taps cannot be cached, and all tasks share one pyramid.
+    fine-tuning on small backbones. Taps cannot be cached. The trained norms are copies that belong to the side network:
+    the backbone computes with them in its pass for that side network and keeps its own. With one side network per task
+    an evaluation takes a pass through the backbone for each task beside the one that chooses between them.
 
     WHEN: as :class:`~cl_plugins.callbacks._side.SideCallback`.
 
@@ -124,7 +138,10 @@ class HierarchicalSideTuning(LeanHierarchicalSideTuning):
         heads: of the four levels.
         depths: side blocks per level, in sum the backbone's blocks; evenly when None.
         drop_path: of the last side block, rising linearly from 0.
-        regime: "shared" or "first_session".
+        regime: "shared", "first_session", "per_task" or "per_task_dense".
+        routing: who answers in the evaluation of the per-task regimes: "prototype", "logits", "posterior" or
+            "both"; see :mod:`cl_plugins.adapters.side_bank`.
+        warm_start: begin a new task's pyramid, registers and norms with those of the task before.
         backbone: dotted name of the transformer, for modules with several.
         head: dotted name of the classifier, for modules where it cannot be told.
         seed: of the initial weights.
@@ -133,8 +150,6 @@ class HierarchicalSideTuning(LeanHierarchicalSideTuning):
         ValueError: for an unknown option; at ``setup`` for a backbone with fewer than four blocks, or a classifier
             narrower than the last level.
     """
-
-    regimes: ClassVar[tuple[str, ...]] = ("shared", "first_session")
 
     def __init__(
         self,
@@ -145,6 +160,8 @@ class HierarchicalSideTuning(LeanHierarchicalSideTuning):
         depths: Sequence[int] | None = None,
         drop_path: float = 0.0,
         regime: Regime = "shared",
+        routing: Routing = "both",
+        warm_start: bool = False,
         backbone: str | None = None,
         head: str | None = None,
         seed: int = 0,
@@ -155,6 +172,8 @@ class HierarchicalSideTuning(LeanHierarchicalSideTuning):
             depths=depths,
             drop_path=drop_path,
             regime=regime,
+            routing=routing,
+            warm_start=warm_start,
             backbone=backbone,
             head=head,
             seed=seed,
@@ -165,40 +184,20 @@ class HierarchicalSideTuning(LeanHierarchicalSideTuning):
             )
         self.registers = registers
 
-    def _norms(self, module: nn.Module) -> dict[str, nn.Parameter]:
-        return {
-            f"block {i} {name}": parameter
-            for i, block in enumerate(find_backbone(module, self.backbone).blocks)
-            for name, parameter in block.named_parameters()
-            if name.split(".")[0] in ("norm1", "norm2", "ln_1", "ln_2")
-        }
-
     def install(self, module: nn.Module) -> None:
         """Attach, freeze, and let the norms of the blocks train.
 
         Raises:
             ValueError: for a backbone with gradient checkpointing, which would run the blocks again without registers.
         """
-        parts = (find_backbone(module, self.backbone).model, *find_backbone(module, self.backbone).model.children())
+        model = find_backbone(module, self.backbone, text=True).model
+        parts = (model, *model.children())
         if any(getattr(part, "grad_checkpointing", False) for part in parts):
             raise ValueError(
                 "`grad_checkpointing` must be off for HierarchicalSideTuning, whose registers the second forward pass"
                 " would miss; call set_grad_checkpointing(False), or use LeanHierarchicalSideTuning"
             )
         super().install(module)
-        self._set_norms(module)
-
-    def start_task(self, module: nn.Module, task: Any) -> None:
-        """Prepare the task; after the first session the norms are frozen with the pyramid."""
-        super().start_task(module, task)
-        self._set_norms(module)
-
-    def _set_norms(self, module: nn.Module) -> None:
-        trains = self.regime == "shared" or int(self.bank(module).started) <= 1
-        for parameter in self._norms(module).values():
-            parameter.requires_grad_(trains)
-            if not trains:
-                parameter.grad = None
 
     def conflict(self, other: ContinualCallback, module: nn.Module) -> str | None:
         """A cache of features, which the registers and norms keep changing."""
@@ -208,8 +207,3 @@ class HierarchicalSideTuning(LeanHierarchicalSideTuning):
                 " LeanHierarchicalSideTuning does without them"
             )
         return super().conflict(other, module)
-
-    def own_parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
-        """The pyramid's and the registers' parameters, the blocks' norms, the classifier."""
-        norms = {n: p for n, p in self._norms(module).items() if p.requires_grad}
-        return {**norms, **super().own_parameters(module)}

@@ -2,8 +2,8 @@
 
 "LST: Ladder Side-Tuning for Parameter and Memory Efficient Transfer Learning", Yi-Lin Sung, Jaemin Cho, Mohit Bansal,
 NeurIPS 2022, arXiv 2206.06522. Implemented: the ladder with learned gates, dropped layers and pruning initialization,
-for vision transformers (:mod:`cl_plugins.adapters.ladder`, :mod:`cl_plugins.adapters.side_pruning`). The regimes for a
-stream of tasks are this library's.
+for vision transformers and text towers (:mod:`cl_plugins.adapters.ladder`, :mod:`cl_plugins.adapters.side_pruning`).
+The regimes for a stream of tasks are this library's.
 
 Formula, for taps ``h`` of the frozen backbone::
 
@@ -24,12 +24,13 @@ from torch.nn.functional import cross_entropy
 
 from cl_plugins.adapters.ladder import Drop, Gate, LadderSide, check_layers, kept_layers
 from cl_plugins.adapters.side_bank import Regime, Routing, check_choice
-from cl_plugins.adapters.side_pruning import fisher_importance, initialize_ladder
+from cl_plugins.adapters.side_pruning import canonical_weights, fisher_importance, initialize_ladder
 from cl_plugins.backbones import Backbone, find_backbone
 from cl_plugins.cached_stream import uncached
 from cl_plugins.evaluation import default_predict, evaluating, split_batch, to_device
 from cl_plugins.plugin import module_device
-from cl_plugins.taps import SideNetwork, token_layout
+from cl_plugins.side_network import SideNetwork
+from cl_plugins.tokens import check_tokens, token_layout
 
 from ._side import SideCallback
 
@@ -41,6 +42,8 @@ Init = Literal["magnitude", "fisher", "random"]
 
 class LadderSideTuning(SideCallback):
     """Trains a narrow ladder beside the frozen backbone; no gradient passes through the backbone.
+
+    The backbone is a timm ViT or a tower of open_clip, vision or text; beside a text tower the ladder keeps its mask.
 
     WHEN: as :class:`~cl_plugins.callbacks._side.SideCallback`; with ``init="fisher"`` it reads 1024 samples of the task
     before a new side network trains.
@@ -102,14 +105,22 @@ class LadderSideTuning(SideCallback):
         self.fisher_samples = fisher_samples
 
     def factory(self, backbone: Backbone, head: nn.Linear) -> Callable[[], SideNetwork]:
-        """A ladder in the proportions of the backbone."""
+        """A ladder in the proportions of the backbone.
+
+        Raises:
+            ValueError: for layers or a reduction that do not fit, or a backbone whose tokens do not.
+        """
+        check_tokens(backbone)
+        if self.init != "random":
+            canonical_weights(backbone)  # what cannot be pruned is told here
         block, depth = cast("Any", backbone.blocks[0]), len(backbone.blocks)
         layers = kept_layers(depth, self.layers) if isinstance(self.layers, str) else check_layers(self.layers, depth)
         if backbone.kind == "timm":
-            norm, hidden, activation = block.norm1, block.mlp.fc1.out_features, type(block.mlp.act)
-            bias = block.attn.qkv.bias is not None
+            norm, hidden, activation = block.norm1, block.mlp.fc2.in_features, type(block.mlp.act)
+            queries = getattr(block.attn, "qkv", None) or block.attn.q_proj
+            bias = queries.bias is not None
         else:
-            norm, hidden, activation = block.ln_1, block.mlp.c_fc.out_features, type(block.mlp.gelu)
+            norm, hidden, activation = block.ln_1, block.mlp.c_proj.in_features, type(block.mlp.gelu)
             bias = block.attn.in_proj_bias is not None
         return partial(
             LadderSide,
@@ -129,7 +140,7 @@ class LadderSideTuning(SideCallback):
     def initialize_side(self, module: nn.Module, side: SideNetwork) -> None:
         """Copy rows of the backbone, chosen by magnitude."""
         if self.init == "magnitude":
-            initialize_ladder(cast(LadderSide, side), find_backbone(module, self.backbone), self.reduction)
+            initialize_ladder(cast(LadderSide, side), find_backbone(module, self.backbone, text=True), self.reduction)
 
     def initialize(self, module: nn.Module, loader: Iterable[Any]) -> None:
         """Copy rows of the backbone, chosen by Fisher information on the task's data; for hand-written loops.
@@ -140,9 +151,11 @@ class LadderSideTuning(SideCallback):
         """
         if self.init != "fisher":
             return
-        found, bank = find_backbone(module, self.backbone), self.bank(module)
+        found, bank = find_backbone(module, self.backbone, text=True), self.bank(module)
         parameters = {
-            n: p for n, p in found.model.named_parameters() if p.ndim > 1 and n.endswith("weight") and "head" not in n
+            n: p
+            for n, p in found.model.named_parameters()
+            if p.ndim > 1 and n.endswith("weight") and "head" not in n and not n.startswith("visual.")
         }
         bank.bypass, bank.taps.frozen = True, False
         try:

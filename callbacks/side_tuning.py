@@ -26,7 +26,8 @@ from cl_plugins.backbones import Backbone
 from cl_plugins.evaluation import evaluating, split_batch, to_device
 from cl_plugins.features import feature
 from cl_plugins.plugin import module_device
-from cl_plugins.taps import SideNetwork, TapRecord
+from cl_plugins.side_network import SideNetwork, TapRecord
+from cl_plugins.tokens import image_channels, text_pool
 
 from ._side import SideCallback
 
@@ -39,7 +40,8 @@ class SideTuning(SideCallback):
     backbone on the task's data.
 
     Args:
-        width: channels of the side network's first layer; they double up to four times it.
+        width: channels of the side network's first layer; they double up to four times it. Beside a text tower also the
+            width of the side network's own token embedding, which has a row for every token of the vocabulary.
         merge: "alpha" as published, "sum", "product", "film" or "mlp".
         distill_epochs: passes over the task's data in which a new side network learns the backbone's feature; 0 for
             none.
@@ -88,10 +90,12 @@ class SideTuning(SideCallback):
         self.width, self.merge, self.distill_epochs, self.distill_lr = width, merge, distill_epochs, distill_lr
 
     def factory(self, backbone: Backbone, head: nn.Linear) -> Callable[[], SideNetwork]:
-        """A convolutional network with the width of the backbone's feature."""
-        model = cast("Any", backbone.model)
-        stem = model.conv1 if backbone.kind == "open_clip" else model.patch_embed.proj
-        return partial(AlphaSide, head.in_features, self.width, self.merge, int(getattr(stem, "in_channels", 3)))
+        """A convolutional network with the width of the backbone's feature, on the image or on the text's tokens."""
+        if backbone.kind == "text":
+            ends = text_pool(backbone) in ("argmax", "eos")
+            vocabulary = int(cast("Any", backbone.model).token_embedding.num_embeddings)
+            return partial(AlphaSide, head.in_features, self.width, self.merge, vocabulary=vocabulary, ends=ends)
+        return partial(AlphaSide, head.in_features, self.width, self.merge, image_channels(backbone))
 
     def initialize(self, module: nn.Module, loader: Iterable[Any]) -> None:
         """Let the new side network learn the backbone's feature; for hand-written loops.
@@ -164,7 +168,7 @@ def _step(side: AlphaSide, optimizer: torch.optim.Optimizer, record: TapRecord, 
     optimizer.zero_grad(set_to_none=True)
     if len(rows):
         assert record.image is not None
-        loss = side.distillation_loss(TapRecord(image=record.image[rows]), base[rows])
+        loss = side.distillation_loss(record.rows(rows), base[rows])
         (loss * (len(rows) / total)).backward()  # type: ignore[no-untyped-call]
     if _distributed():
         for parameter in side.network.parameters():

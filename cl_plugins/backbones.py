@@ -6,11 +6,13 @@ timm and open_clip models are recognized by what they offer (``blocks`` and ``fo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import timm
+import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -81,7 +83,7 @@ class Backbone:
     Attributes:
         name: dotted path in that module; ``""`` when it is the module itself.
         model: the transformer.
-        kind: ``"timm"``, or ``"open_clip"`` for a vision tower of open_clip.
+        kind: ``"timm"``; ``"open_clip"`` for a vision tower of open_clip, ``"text"`` for its text tower.
         blocks: its residual blocks in order of depth.
         embed_dim: width of a token.
         num_heads: attention heads of a block.
@@ -89,7 +91,7 @@ class Backbone:
 
     name: str
     model: nn.Module
-    kind: Literal["timm", "open_clip"]
+    kind: Literal["timm", "open_clip", "text"]
     blocks: tuple[nn.Module, ...]
     embed_dim: int
     num_heads: int
@@ -112,6 +114,37 @@ def _as_backbone(name: str, module: nn.Module) -> Backbone | None:
     return None
 
 
+def _as_text_tower(name: str, module: nn.Module) -> Backbone | None:
+    """A text tower of open_clip: the tower itself, or a CLIP that holds its parts."""
+    blocks = getattr(getattr(module, "transformer", None), "resblocks", None)
+    known = all(hasattr(module, n) for n in ("token_embedding", "ln_final", "text_projection"))
+    if not known or not isinstance(blocks, nn.Sequential | nn.ModuleList) or not len(blocks):
+        return None
+    attention: Any = getattr(blocks[0], "attn", None)
+    if attention is None:
+        return None
+    mask: Any = getattr(module, "attn_mask", None)
+    if mask is not None and not mask.is_meta and not torch.equal(mask == 0, torch.ones_like(mask).tril() > 0):
+        raise ValueError(f"`attn_mask` of the text tower {name or type(module).__name__!r} must be causal, got another")
+    pool = getattr(module, "text_pool_type", None) or getattr(module, "pool_type", None)
+    if getattr(module, "cls_emb", None) is not None or getattr(module, "use_pad_mask", False):
+        raise ValueError(
+            f"the text tower {name or type(module).__name__!r} must have one mask for all texts, got one with a class"
+            " token or a mask of its padding (as in CoCa); LoRA and MoRA take it"
+        )
+    if pool not in ("argmax", "eos", "first", "last") or getattr(module, "output_tokens", False):
+        raise ValueError(
+            f"the text tower {name or type(module).__name__!r} must give one feature, read at one token, got"
+            f" pool_type={pool!r}, output_tokens={getattr(module, 'output_tokens', False)!r}"
+        )
+    return Backbone(name, module, "text", tuple(blocks), int(attention.embed_dim), int(attention.num_heads))
+
+
+def _as_called_text_tower(name: str, module: nn.Module) -> Backbone | None:
+    """A text tower with a forward pass of its own; a CLIP that is one by its ``encode_text`` must be named."""
+    return None if hasattr(module, "encode_text") else _as_text_tower(name, module)
+
+
 def _text_towers(module: nn.Module) -> list[str]:
     """Names of text transformers inside: open_clip's text towers and language models of transformers."""
     return [
@@ -122,21 +155,40 @@ def _text_towers(module: nn.Module) -> list[str]:
     ]
 
 
+_LANGUAGE = (
+    "it is no text tower of open_clip, which is pooled at the end of the text; LoRA and MoRA take text transformers"
+)
 _TEXT = (
     "its tokens attend to earlier ones only and its feature is read at the end of the text, where these methods expect"
     " an image's patches; LoRA and MoRA take text transformers"
 )
 
 
-def find_backbone(module: nn.Module, name: str | None = None) -> Backbone:
+def _candidates(
+    module: nn.Module, ours: set[int], as_backbone: Callable[[str, nn.Module], Backbone | None]
+) -> list[Backbone]:
+    """Transformers in ``module``, the outermost ones, but none of this library's own modules."""
+    candidates: list[Backbone] = []
+    for path, child in module.named_modules():
+        inside = any(path.startswith(f"{c.name}.") or c.name == "" for c in candidates)
+        found = None if inside or id(child) in ours else as_backbone(path, child)
+        if found is not None:
+            candidates.append(found)
+    return candidates
+
+
+def find_backbone(module: nn.Module, name: str | None = None, *, text: bool = False) -> Backbone:
     """The one transformer in ``module``.
 
     Args:
         module: a LightningModule or any other module that holds, or is, a timm ViT or an open_clip vision tower.
         name: dotted path of the transformer, for modules that hold several.
+        text: take a text tower of open_clip as well, where ``name`` says so or there is no other transformer. A CLIP
+            that holds its text tower's parts itself is one by name alone.
 
     Raises:
-        ValueError: when there is none, or several and ``name`` does not choose.
+        ValueError: when there is none, or several and ``name`` does not choose; for a text tower that has no causal or
+            open mask, or gives more than one feature.
 
     Example:
         >>> find_backbone(nn.ModuleDict({"net": vit_glyph()})).name
@@ -147,25 +199,24 @@ def find_backbone(module: nn.Module, name: str | None = None) -> Backbone:
         if name not in names:
             raise ValueError(f"`backbone` must be a submodule's name, got {name!r}{did_you_mean(name, names)}")
         found = _as_backbone(name, names[name])
+        if found is None and text:
+            found = _as_text_tower(name, names[name])
         if found is None:
-            text = f"; {_TEXT}" if _text_towers(names[name]) else ""
+            why = f"; {_LANGUAGE if text else _TEXT}" if _text_towers(names[name]) else ""
             raise ValueError(
-                f"`backbone` must be a timm ViT or an open_clip vision tower, got {name!r},"
-                f" a {type(names[name]).__name__}{text}"
+                f"`backbone` must be a timm ViT or an open_clip {'tower' if text else 'vision tower'}, got {name!r},"
+                f" a {type(names[name]).__name__}{why}"
             )
         return found
     skipped = getattr(module, "plugins", None)
     ours = {id(m) for m in skipped.modules()} if isinstance(skipped, nn.Module) else set()
-    candidates: list[Backbone] = []
-    for path, child in module.named_modules():
-        inside = any(path.startswith(f"{c.name}.") or c.name == "" for c in candidates)
-        found = None if inside or id(child) in ours else _as_backbone(path, child)
-        if found is not None:
-            candidates.append(found)
+    candidates = _candidates(module, ours, _as_backbone)
+    if text and not candidates:
+        candidates = _candidates(module, ours, _as_called_text_tower)
     if not candidates and (towers := _text_towers(module)):
         raise ValueError(
-            f"`{type(module).__name__}` must hold a timm ViT or an open_clip vision tower, found only the text"
-            f" transformer {towers[0]!r}; {_TEXT}"
+            f"`{type(module).__name__}` must hold a timm ViT or an open_clip {'tower' if text else 'vision tower'},"
+            f" found only the text transformer {towers[0]!r}; {_LANGUAGE if text else _TEXT}"
         )
     if not candidates:
         raise ValueError(

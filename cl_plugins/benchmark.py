@@ -157,6 +157,7 @@ def run_benchmark(
     eval_every: int | None = None,
     eval_tasks: int | None = None,
     eval_samples: int | None = None,
+    eval_old: int | None = None,
     keep_checkpoints: bool = False,
     adapters: bool = False,
     drift: bool = False,
@@ -181,6 +182,8 @@ def run_benchmark(
         eval_every: also evaluate all tasks so far inside the tasks, after so many optimizer steps.
         eval_tasks: draw so many old tasks for each of these evaluations, for long streams; None takes all.
         eval_samples: of each task at most so many samples in these evaluations; None takes all.
+        eval_old: after each task but the last evaluate so many old tasks, drawn by the seed, instead of all; see
+            ``evaluate_old`` of :func:`cl_plugins.fit_stream` for what is undefined then.
         keep_checkpoints: leave both checkpoints when the run is finished, not the last one alone.
         adapters: write what the method owns as ``checkpoints/adapters.safetensors``, too.
         drift: measure features, calibration, task confusion and memory at each task end, by a ``DriftTracker``.
@@ -218,6 +221,8 @@ def run_benchmark(
     inside = _inside(eval_every, eval_tasks, eval_samples, seed)
     if inside:
         config["inside_tasks"] = {"eval_every": eval_every, "eval_tasks": eval_tasks, "eval_samples": eval_samples}
+    if eval_old is not None:
+        config["eval_old"] = eval_old
     drifts = [callbacks_module.DriftTracker()] if drift else []
     if drift:
         config["drift"] = True
@@ -260,8 +265,9 @@ def run_benchmark(
     last = "last" if resume and checkpoint_files(saver.folder) else None
     try:
         result = fit_stream(
-            trainer, module, stream, last, seed=seed, evaluate_initial=open_vocabulary, evaluate_future=open_vocabulary
-        )
+            trainer, module, stream, last, seed=seed, evaluate_initial=open_vocabulary,
+            evaluate_future=open_vocabulary, evaluate_old=eval_old,
+        )  # fmt: skip
     except (RuntimeError, OSError, FloatingPointError, MemoryError) as error:
         raise explained(error, saver.folder) or error from error
     _save(result, folder, identity, stream, trainer, recipe, recipe_values, time.perf_counter() - started)

@@ -29,7 +29,8 @@ from cl_plugins.feature_cache import CacheEntry, CacheKey, FeatureCache, tensor_
 from cl_plugins.features import DepthTap, feature
 from cl_plugins.heads import HeadMask
 from cl_plugins.plugin import module_device
-from cl_plugins.taps import TapRecord, backbone_taps
+from cl_plugins.side_network import TapRecord
+from cl_plugins.taps import backbone_taps
 from cl_plugins.task import Stream
 
 _SHIFT = 32
@@ -295,7 +296,7 @@ class CachedStream:
         finally:
             self.taps.frozen = frozen
             handle.remove()
-        if not frozen or any(seen):
+        if self.taps.choose is not None or not frozen or any(seen):
             raise RuntimeError(
                 "features can only be cached when everything in front of the classifier is frozen, but prompts, norms"
                 " or other weights there still train; leave CacheFeatures out of the callbacks"

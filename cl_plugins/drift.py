@@ -101,7 +101,7 @@ def recency_of_row(row: Row, learned: Sequence[int], newest: Collection[int]) ->
     counts = torch.tensor(row.confusion, dtype=torch.int64)
     new, rows = sorted(newest), counts[measured]
     total = int(rows.sum())
-    numbers["task_error"] = 1.0 - int(counts.diagonal()[measured].sum()) / total
+    numbers["task_error"] = (total - int(counts.diagonal()[measured].sum())) / total
     old = [j for j in measured if j not in newest]
     if not old or len(old) == len(measured):
         return numbers

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cl_plugins.label_scores import SeenLabelScores
 from cl_plugins.plugin import Row, module_device
 from cl_plugins.task import Stream, Task
+from cl_plugins.task_sampling import draw_tasks
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -211,6 +212,32 @@ def seen_classes(stream: Stream, upto: int) -> Tensor:
     return seen
 
 
+def drawn_columns(stream: Stream, task: int, count: int, seed: int) -> list[int]:
+    """Which columns an evaluation after ``task`` covers when only some old ones are drawn.
+
+    Args:
+        stream: gives the columns.
+        task: the one that was trained last; after the stream's last task no column is left out.
+        count: old columns to draw; those that ``task`` teaches are always covered.
+        seed: of the draws; each task draws anew.
+
+    Raises:
+        ValueError: for a count below 1, and on a multi-label stream, whose scores are over all labels at once.
+    """
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"`evaluate_old` must be an integer of 1 or more, or None for all old tasks, got {count!r}")
+    if getattr(stream, "modality", "") == "multi-label":
+        raise ValueError(
+            "`evaluate_old` must be None on a multi-label stream, whose scores are over the labels of all tasks,"
+            f" got {count!r}"
+        )
+    learned = learned_after(stream, task)
+    old = learned_after(stream, task - 1) if task else 0
+    if task == len(stream.tasks) - 1:
+        return list(range(learned))
+    return [*draw_tasks(old, count, seed, task), *range(old, learned)]
+
+
 def forward_setting(
     module: nn.Module, trainer: pl.Trainer | None
 ) -> tuple[torch.device, AbstractContextManager[Any], Callable[[Any], Any]]:
@@ -234,6 +261,7 @@ def evaluate_tasks(
     trainer: pl.Trainer | None = None,
     future: bool = False,
     predict: Predict = default_predict,
+    columns: Sequence[int] | None = None,
 ) -> Row:
     """Accuracy on the test data of tasks 0 to ``upto``; predictions may name any class seen so far.
 
@@ -252,6 +280,7 @@ def evaluate_tasks(
         trainer: for device, precision and processes; without one the module's own device is used.
         future: also evaluate tasks that are not learned yet.
         predict: gives the logits of a batch; the default calls the module.
+        columns: evaluate these of the learned tasks alone, see :func:`drawn_columns`; None for all.
 
     Raises:
         ValueError: when a label of the data is not a class of its task's stream.
@@ -265,7 +294,8 @@ def evaluate_tasks(
     for task in tasks:
         owner[list(task.classes)] = task.index
     owner, seen = owner.to(device), seen_classes(stream, upto).to(device)
-    chosen = [t for t in tasks if t.index < learned or future]
+    wanted = range(learned) if columns is None else columns
+    chosen = [t for t in tasks if (t.index in wanted if t.index < learned else future)]
     counts = torch.zeros(n, 3 + n, dtype=torch.int64, device=device)
     learned_classes = [c for t in tasks if t.index < learned for c in t.classes]
     scores = None

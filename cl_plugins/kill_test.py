@@ -5,8 +5,10 @@
 One process imports everything and forks a child for each start, so a start costs no imports. A child runs what
 ``cl-bench run --resume`` runs. Every second kill is aimed, at the moments of :data:`AIMS`; the others come at a random
 time. Methods that cache features keep them in a folder of the run, so that a start finds what a killed one had written.
-Compared are weights and buffers (bit for bit), the states of all callbacks, the counts of the accuracy matrix, the rows
-of the run store, which must hold each row once, and the cached features. Needs ``fork``: Linux or macOS.
+Beside each method stand a ``ContinualEvaluation`` and a ``DriftTracker``. Compared are weights and buffers (bit for
+bit), the states of all callbacks, all of ``result.json``, the rows of the run store, which must hold each row once, its
+evaluations inside tasks and the figures of methods and observers, and the cached features; times of the clock aside.
+Needs ``fork``: Linux or macOS.
 
 A long test can be run in pieces: ``--add`` adds to what the file of ``--out`` holds, with other moments, and stops at
 ``--kills`` for each method; ``--seconds`` begins no new run after so much time.
@@ -53,9 +55,12 @@ _SETTINGS: dict[str, Any] = {
     "options": {"batch_size": 8},
     "progress": False,
     "save_every_steps": 2,
+    "eval_every": 3,  # other steps than the saves, so that a resume meets rows that no checkpoint knows
+    "drift": True,
 }
 
 _OPTIONS: dict[str, dict[str, Any]] = {"ovor": {"head_epochs": 1}}  # must be fewer than the epochs
+_OTHER_DATA: dict[str, dict[str, Any]] = {"zero-shot": {"scenario": "xtail-glyphs", "data": {}}}  # it needs texts
 
 
 @dataclass
@@ -130,8 +135,16 @@ def aim(moment: str, count: int) -> None:
         raise ValueError(f"`moment` must be one of {', '.join((*AIMS, CACHING))}, got {moment!r}")
 
 
+def _settings(method: str) -> dict[str, Any]:
+    """What ``run_benchmark`` gets for a method; a ``--scenario`` counts for all of them."""
+    other = _OTHER_DATA.get(method, {}) if _SETTINGS["scenario"] == "split-digits" else {}
+    return {**_SETTINGS, **other, "options": {**_SETTINGS["options"], **_OPTIONS.get(method, {})}}
+
+
 def _caches(method: str) -> bool:
-    return any(entry["class"] == "CacheFeatures" for entry in load_recipe(method, _SETTINGS["scenario"]).callbacks)
+    return any(
+        entry["class"] == "CacheFeatures" for entry in load_recipe(method, _settings(method)["scenario"]).callbacks
+    )
 
 
 def _start(method: str, folder: Path, moment: str | None = None, count: int = 1) -> int:
@@ -146,10 +159,10 @@ def _start(method: str, folder: Path, moment: str | None = None, count: int = 1)
         os.dup2(log, 2)
         if moment is not None:
             aim(moment, count)
-        options = {**_SETTINGS["options"], **_OPTIONS.get(method, {})}
+        settings = _settings(method)
         if _caches(method):
-            options["CacheFeatures.folder"] = str(folder / "cache")
-        run_benchmark(method, out=folder, resume=True, **{**_SETTINGS, "options": options})
+            settings["options"]["CacheFeatures.folder"] = str(folder / "cache")
+        run_benchmark(method, out=folder, resume=True, **settings)
         status = 0
     except BaseException:
         import traceback
@@ -190,7 +203,18 @@ def _equal(a: Any, b: Any) -> bool:
     return bool(a == b) or (a != a and b != b)
 
 
-_TIMES = ("seconds", "spent")
+_TIMES = ("seconds", "spent", ".time")
+
+
+def _unlike(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """Keys of flat values that are not the same in both; times of the clock aside."""
+    keys = (k for k in dict.fromkeys([*ours, *theirs]) if not any(word in k for word in _TIMES))
+    return [k for k in keys if k not in ours or k not in theirs or not _equal(ours[k], theirs[k])]
+
+
+def _by_name(events: list[dict[str, Any]]) -> dict[str, Any]:
+    """What methods and observers told, by name and task; the order of resumed segments is another."""
+    return {f"{e.get('name')} {e.get('task')}": e for e in events}
 
 
 def _cached(folder: Path) -> dict[str, Any]:
@@ -208,18 +232,14 @@ def differences(folder: Path, expected: Path) -> list[str]:
     loaded = [torch.load(str(p), weights_only=True) for p in newest]
     for part in ("state_dict", "callbacks", "global_step"):
         ours, theirs = (_flat(c[part], part) for c in loaded)
-        for key in dict.fromkeys([*ours, *theirs]):
-            if any(word in key for word in _TIMES):
-                continue
-            if key not in ours or key not in theirs or not _equal(ours[key], theirs[key]):
-                found.append(f"{key} differs")
-    results = [json.loads((f / "result.json").read_text(encoding="utf-8")) for f in (folder, expected)]
-    for key in ("correct", "total", "accuracy_matrix", "task_confusion", "trainable_parameters", "learned_at"):
-        if results[0][key] != results[1][key]:
-            found.append(f"{key} of result.json differs")
+        found += [f"{key} differs" for key in _unlike(ours, theirs)]
+    results = [_flat(json.loads((f / "result.json").read_text(encoding="utf-8"))) for f in (folder, expected)]
+    found += [f"{key[1:]} of result.json differs" for key in _unlike(*results)]
     runs = [read_run(f) for f in (folder, expected)]
     if runs[0].correct.tolist() != runs[1].correct.tolist() or runs[0].total.tolist() != runs[1].total.tolist():
         found.append("rows of the run store differ")
+    told = [{"inside": [row.to_dict() for row in r.inside], "plug": _by_name(r.plug)} for r in runs]
+    found += [f"{key[1:]} of the run store differs" for key in _unlike(*map(_flat, told))]
     if runs[0].ended != "finished" or runs[0].problems:
         found.append(f"the run store says {runs[0].ended!r}, {runs[0].problems!r}")
     for _, _, path in event_files(folder):

@@ -53,6 +53,7 @@ def log_figure(logger: Any, key: str, figure: Any, step: int) -> bool:
         logger.log_image(key, [figure], step=step)
     elif way == "add_figure":
         logger.experiment.add_figure(key, figure, global_step=step, close=False)
+        logger.experiment.flush()  # no fit follows the last task, whose end would write it
     elif way == "log_figure":
         logger.experiment.log_figure(logger.run_id, figure, f"{key}/step-{step}.png")
     return way is not None

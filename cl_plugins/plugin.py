@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -52,6 +53,20 @@ class Row:
     seconds: float
     labels: LabelScores | None = None
 
+    @cached_property
+    def cells(self) -> Tensor:
+        """``correct``, ``total`` and ``correct_in_task`` as ``(3, tasks)`` int64, -1 for None.
+
+        Kept, since every later task asks for all rows: reading the tuples anew each time is quadratic in Python.
+        """
+        counts = [[-1 if c is None else c for c in line] for line in (self.correct, self.total, self.correct_in_task)]
+        return torch.tensor(counts, dtype=torch.int64)
+
+    @cached_property
+    def confusion_cells(self) -> Tensor:
+        """``confusion`` as int64, kept likewise."""
+        return torch.tensor(self.confusion, dtype=torch.int64)
+
 
 class ContinualCallback(Callback):
     """Base class of continual-learning methods and observers.
@@ -68,6 +83,9 @@ class ContinualCallback(Callback):
     feature: ClassVar[Literal["untouched", "frozen", "adapted", "side"]] = "untouched"
     """What the method does to the feature in front of the classifier: leaves it to others, keeps it as pretrained and
     trains the classifier alone, trains weights inside the backbone, or replaces it by that of a side network."""
+
+    records: ClassVar[bool] = False
+    """Whether :meth:`on_row` collects what other callbacks made of the row; it is then called after theirs."""
 
     needs_steps: ClassVar[bool] = False
     """Whether a stream without any training step leaves this callback nothing to do."""
@@ -210,6 +228,12 @@ def plugins_of(trainer: pl.Trainer) -> list[ContinualCallback]:
     """The continual-learning callbacks of a Trainer, in its order."""
     callbacks: Sequence[Any] = trainer.callbacks  # type: ignore[attr-defined]
     return [c for c in callbacks if isinstance(c, ContinualCallback)]
+
+
+def tell_row(trainer: pl.Trainer, module: pl.LightningModule, row: Row) -> None:
+    """Hand a row to the plugins of a Trainer; those that record come last, wherever they stand."""
+    for plugin in sorted(plugins_of(trainer), key=lambda p: p.records):
+        plugin.on_row(trainer, module, row)
 
 
 def module_device(module: nn.Module) -> torch.device:

@@ -57,6 +57,7 @@ def _number(value: Tensor | float) -> float | None:
     return number if math.isfinite(number) else None
 
 
+_CELLS = ("correct", "total", "correct_in_task")  # the order of Row.cells
 MOST_CONFUSED = 100
 """Tasks up to which the confusions of every row are kept; those of a longer stream would grow with its cube."""
 
@@ -108,8 +109,9 @@ class StreamResult:
         return cls(list(columns), stream=stream.provenance(), learned_at=learned_at)
 
     def _counts(self, name: str) -> Tensor:
-        cells = [[-1 if c is None else c for c in getattr(row, name)] for row in self.rows]
-        return torch.tensor(cells, dtype=torch.int64).reshape(len(self.rows), len(self.tasks))
+        if not self.rows:
+            return torch.zeros(0, len(self.tasks), dtype=torch.int64)
+        return torch.stack([row.cells for row in self.rows])[:, _CELLS.index(name)]
 
     @property
     def correct(self) -> Tensor:

@@ -14,7 +14,7 @@ import copy
 import signal
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -25,8 +25,8 @@ from torch import Tensor
 from cl_plugins._lightning import Callback
 from cl_plugins.checkpoint_files import checkpoint_files, damage, newest_intact
 from cl_plugins.composition import check_composition
-from cl_plugins.evaluation import Predict, default_predict, evaluate_tasks
-from cl_plugins.plugin import ContinualCallback, Row, plugins_of
+from cl_plugins.evaluation import Predict, default_predict, drawn_columns, evaluate_tasks
+from cl_plugins.plugin import ContinualCallback, Row, plugins_of, tell_row
 from cl_plugins.result import StreamResult
 from cl_plugins.stream_checkpoint import KIND, StreamCheckpoint, StreamStopped, restore_between
 from cl_plugins.stream_state import StreamState, restore_result
@@ -159,8 +159,9 @@ def end_task(
     *,
     future: bool = False,
     predict: Predict = default_predict,
+    columns: Sequence[int] | None = None,
 ) -> Row:
-    """Let the plugins finish the task and evaluate all tasks so far.
+    """Let the plugins finish the task and evaluate all tasks so far, or those of them that ``columns`` names.
 
     Returns:
         The row of the accuracy matrix, as counts.
@@ -168,9 +169,8 @@ def end_task(
     with task_seed(0, index, purpose=1):
         for plugin in plugins_of(trainer):
             plugin.on_task_end(trainer, module, stream.tasks[index])
-    row = evaluate_tasks(module, stream, index, trainer=trainer, future=future, predict=predict)
-    for plugin in plugins_of(trainer):
-        plugin.on_row(trainer, module, row)
+    row = evaluate_tasks(module, stream, index, trainer=trainer, future=future, predict=predict, columns=columns)
+    tell_row(trainer, module, row)
     return row
 
 
@@ -182,7 +182,11 @@ def _tell_failures(trainer: pl.Trainer, module: pl.LightningModule, plugins: lis
     except BaseException as error:
         if not trainer.interrupted:
             for plugin in plugins:
-                plugin.on_exception(trainer, module, error)
+                try:
+                    plugin.on_exception(trainer, module, error)
+                except Exception as second:  # what failed first is what must be seen
+                    name = type(plugin).__name__
+                    warnings.warn(f"{name} could not close what it opened: {second!r}", stacklevel=2)
         raise
 
 
@@ -264,6 +268,7 @@ def fit_stream(
     seed: int = 0,
     evaluate_initial: bool = False,
     evaluate_future: bool = False,
+    evaluate_old: int | None = None,
     predict: Predict = default_predict,
 ) -> StreamResult:
     """Train ``module`` on one task after the other and evaluate it on all tasks so far after each.
@@ -278,6 +283,10 @@ def fit_stream(
         seed: for what plugins draw at a task's start (new prompts, new experts).
         evaluate_initial: evaluate all tasks before any training, for forward transfer.
         evaluate_future: evaluate tasks that are not learned yet as well, for transfer metrics.
+        evaluate_old: after each task but the last evaluate the newest task and so many old ones, drawn by ``seed``, so
+            that a stream of hundreds of tasks does not evaluate half of their square; the other cells are NaN. Average
+            accuracy, learning accuracy and backward transfer read none of these cells; what does, forgetting and the
+            average over rows, is NaN then. None evaluates all old tasks.
         predict: gives the logits ``(batch, classes)`` of a batch; the default is the stream's own ``predict`` where
             it has one, as streams of text do, and else calls ``module(x)``; methods that route test samples, such as
             :class:`~cl_plugins.callbacks.TaskGroups`, do so around the default and leave a given one alone.
@@ -292,6 +301,8 @@ def fit_stream(
     """
     _refuse(trainer, stream)
     check_composition(plugins_of(trainer), module)
+    if evaluate_old is not None:
+        drawn_columns(stream, 0, evaluate_old, seed)  # refused now and not after the first task
     own_predict = predict is default_predict
     if own_predict:
         predict = getattr(stream, "predict", default_predict)
@@ -324,8 +335,7 @@ def fit_stream(
                 predict = plugin.predictor(predict)
         if evaluate_initial and resume is None:
             result.initial = evaluate_tasks(module, stream, -1, trainer=trainer, predict=predict)
-            for plugin in plugins:
-                plugin.on_row(trainer, module, result.initial)
+            tell_row(trainer, module, result.initial)
         initial = _initial_states(trainer)
         if between is not None:
             restore_between(trainer, module, stream, between, plugins)
@@ -343,7 +353,8 @@ def fit_stream(
             elif resume is not None:
                 state.load_weights(module, resume)
             resume = None
-            row = end_task(trainer, module, stream, index, future=evaluate_future, predict=predict)
+            columns = None if evaluate_old is None else drawn_columns(stream, index, evaluate_old, seed)
+            row = end_task(trainer, module, stream, index, future=evaluate_future, predict=predict, columns=columns)
             result.train_seconds.append(time.perf_counter() - started - row.seconds)
             result.add(row)
             state.task, state.started = index + 1, None

@@ -28,18 +28,18 @@ if TYPE_CHECKING:
 KEY = "cl_plugins.StreamState"
 
 
-_COUNTS = ("correct", "total", "correct_in_task")
-
-
 def rows_to_state(rows: Sequence[Row]) -> dict[str, Any]:
-    """Rows as plain values and few tensors: a stream of 1,000 tasks saves a million counts each time."""
-    counts = [[[-1 if c is None else c for c in getattr(row, name)] for name in _COUNTS] for row in rows]
-    told = {n: torch.tensor(row.confusion, dtype=torch.int64) for n, row in enumerate(rows) if row.confusion}
+    """Rows as plain values and three tensors: a stream of 1,000 tasks saves a million counts each time."""
+    told = [n for n, row in enumerate(rows) if row.confusion]
+    confusions = [rows[n].confusion_cells for n in told]
     return {
         "after": [row.after for row in rows],
         "seconds": [row.seconds for row in rows],
-        "counts": torch.tensor(counts, dtype=torch.int64),
-        "confusion": told,
+        "counts": torch.stack([row.cells for row in rows]) if rows else torch.zeros(0, dtype=torch.int64),
+        "confusion": {
+            "rows": told,
+            "counts": torch.stack(confusions or [torch.empty(0, dtype=torch.int64)])[: len(told)],
+        },
         "labels": {n: _plain(asdict(row.labels)) for n, row in enumerate(rows) if row.labels is not None},
     }
 
@@ -53,12 +53,13 @@ def _plain(value: Any) -> Any:
 def rows_from_state(state: dict[str, Any]) -> list[Row]:
     """The inverse of :func:`rows_to_state`."""
     rows = []
+    told = state["confusion"]
+    confusions = dict(zip(told["rows"], told["counts"].tolist(), strict=True))
     for n, (after, seconds, counts) in enumerate(
         zip(state["after"], state["seconds"], state["counts"].tolist(), strict=True)
     ):
         correct, total, in_task = (tuple(None if c < 0 else c for c in column) for column in counts)
-        told = state["confusion"].get(n)
-        confusion = () if told is None else tuple(map(tuple, told.tolist()))
+        confusion = tuple(map(tuple, confusions.get(n, ())))
         scores = state["labels"].get(n)
         labels = None if scores is None else LabelScores.from_state(scores)
         rows.append(Row(after, correct, total, in_task, confusion, seconds, labels))

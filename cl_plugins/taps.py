@@ -10,95 +10,18 @@ taken once can be stored and replayed (see :mod:`cl_plugins.feature_cache`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cl_plugins.attach import plugin_modules
 from cl_plugins.backbones import Backbone
-
-
-@dataclass
-class TapRecord:
-    """What one forward pass left for a side network.
-
-    Attributes:
-        taps: tokens ``(batch, tokens, dim)`` by tap index; learned registers, where there are any, in front.
-        image: what the backbone was given, when a side network reads it.
-    """
-
-    taps: dict[int, Tensor] = field(default_factory=dict)
-    image: Tensor | None = None
-
-
-class SideNetwork(nn.Module):
-    """Base of the networks beside a backbone: maps a record of taps to the feature in front of the classifier.
-
-    Attributes:
-        tap_indices: taps that it reads.
-        needs_image: whether it reads the image too.
-        needs_base: whether it reads the backbone's own feature.
-        in_token_space: whether its feature has the width of a token, so that open_clip's projection applies to it.
-    """
-
-    tap_indices: tuple[int, ...] = ()
-    needs_image: bool = False
-    needs_base: bool = False
-    in_token_space: bool = False
-
-    def forward(self, record: TapRecord, base: Tensor) -> Tensor:
-        """The feature ``(batch, features)`` for a record and the backbone's own feature ``base``."""
-        raise RuntimeError(
-            f"`{type(self).__name__}` has no forward; use LadderSide, HierarchicalSide, SherlSide, AlphaSide"
-        )
-
-    def undecayed(self) -> list[nn.Parameter]:
-        """Gates and mixing weights, which weight decay must leave alone."""
-        return []
-
-
-@dataclass(frozen=True)
-class TokenLayout:
-    """How a backbone's tokens are arranged.
-
-    Attributes:
-        prefix: tokens in front of the patches (class token, registers).
-        pool: "token" reads the first token, "avg" the mean of the patches.
-    """
-
-    prefix: int
-    pool: str
-
-    def reduce(self, tokens: Tensor) -> Tensor:
-        """One vector per sample ``(batch, dim)``; a copy, since a slice would keep all tokens alive for backward."""
-        return tokens[:, 0].clone() if self.pool == "token" else tokens[:, self.prefix :].mean(1)
-
-
-def token_layout(backbone: Backbone) -> TokenLayout:
-    """The layout that the backbone itself pools with."""
-    model: Any = backbone.model
-    if backbone.kind == "open_clip":
-        return TokenLayout(1, "token" if getattr(model, "pool_type", "tok") == "tok" else "avg")
-    prefix = int(getattr(model, "num_prefix_tokens", 1))
-    return TokenLayout(prefix, "token" if getattr(model, "global_pool", "token") == "token" and prefix else "avg")
-
-
-def patch_grid(tokens: int, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of ``tokens`` patches of an image.
-
-    Raises:
-        ValueError: when they fill no grid of the image's shape.
-    """
-    rows = max(1, round((tokens * height / width) ** 0.5))
-    if tokens % rows:
-        raise ValueError(f"the patches must fill a grid like the image of {height} x {width}, got {tokens} patches")
-    return rows, tokens // rows
+from cl_plugins.side_network import SideNetwork, TapRecord
+from cl_plugins.tokens import is_causal, output_width, text_position, token_layout
 
 
 def is_row_ids(value: Any) -> bool:
@@ -113,8 +36,9 @@ class _Enough(Exception):
 class BackboneTaps(nn.Module):
     """Takes taps whenever the backbone runs; nothing of the user's module changes but what it keeps for backward.
 
-    WHEN: :meth:`attach` puts a bound method in front of the backbone's ``forward_features`` (timm) or ``forward``
-    (open_clip); hooks on the blocks copy references to their outputs.
+    WHEN: :meth:`attach` puts a bound method in front of the backbone's ``forward_features`` (timm), ``forward``
+    (open_clip's towers) or ``encode_text`` (a CLIP that is its own text tower); hooks on the blocks copy references to
+    their outputs.
 
     Args:
         backbone: what to tap.
@@ -137,11 +61,13 @@ class BackboneTaps(nn.Module):
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         self.wanted: set[int] = set()
-        self.wants_image = False
+        self.wants_image = backbone.kind == "text"  # token ids tell the mask and where the feature is read
         self.needs_final = True
         self.whole_in_eval = False
         self.frozen = True
         self.registers: Sequence[Tensor] = ()
+        self.norms: Sequence[Mapping[str, Mapping[str, nn.Parameter]]] = ()
+        self.choose: Callable[[], SideNetwork | None] | None = None
         self.reader: Callable[[Tensor], tuple[TapRecord, Tensor]] | None = None
         self._backbone = (backbone,)  # in a tuple, so that its weights are not saved twice
         self._record: TapRecord | None = None
@@ -174,6 +100,8 @@ class BackboneTaps(nn.Module):
 
     @property
     def _method(self) -> str:
+        if self.backbone.kind == "text" and hasattr(self.backbone.model, "encode_text"):
+            return "encode_text"
         return "forward_features" if self.backbone.kind == "timm" else "forward"
 
     def attach(self) -> BackboneTaps:
@@ -225,15 +153,40 @@ class BackboneTaps(nn.Module):
             return self._replay(x)
         if model.training:  # a parent's train() flips it each epoch
             model.eval()
-        self._record = TapRecord(image=x.detach() if self.wants_image else None)
+        if self.choose is not None:
+            self._adapt(self.choose())
+        self._record = self._told(TapRecord(image=x.detach() if self.wants_image else None))
         self._running = True
         try:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            with (
+                torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen),
+                _exchanged(self.backbone.blocks, self.norms),
+            ):
                 return getattr(type(model), self._method)(model, x, *args, **kwargs)
         except _Enough:
             return self._blank(len(x), x)
         finally:
             self._running = False
+
+    def _adapt(self, side: SideNetwork | None) -> None:
+        adaptation = None if side is None else side.adaptation()
+        self.registers, self.norms = ((), ()) if adaptation is None else (adaptation.registers, adaptation.norms)
+        self.frozen = adaptation is None  # what was put in must receive gradients through the backbone
+
+    def again(self, image: Tensor, side: SideNetwork) -> TapRecord:
+        """The taps of a further pass, in which ``side`` adapts the backbone.
+
+        Args:
+            image: what the backbone was given.
+            side: one of the networks beside it.
+        """
+        before = self.choose, self.needs_final, self.whole_in_eval
+        self.choose, self.needs_final, self.whole_in_eval = lambda: side, False, False
+        try:
+            self._forward(image)
+        finally:
+            self.choose, self.needs_final, self.whole_in_eval = before
+        return self.take()
 
     def _replay(self, ids: Tensor) -> Tensor:
         if self.reader is None:
@@ -241,18 +194,26 @@ class BackboneTaps(nn.Module):
                 "the input must be images, got a vector of int64, which stands for rows of a feature cache, and no"
                 " cache is open; put CacheFeatures into the callbacks"
             )
-        self._record, self._replayed = self.reader(ids)
+        record, self._replayed = self.reader(ids)
+        self._record = self._told(record)
         return self._blank(len(ids), self._replayed)
+
+    def _told(self, record: TapRecord) -> TapRecord:
+        """A record that says how a text tower reads its token ids."""
+        if self.backbone.kind == "text":
+            assert record.image is not None
+            record.position = text_position(self.backbone, record.image)
+            record.causal = is_causal(self.backbone)
+        return record
 
     def _blank(self, batch: int, like: Tensor) -> Tensor:
         """Zeros in the shape of the backbone's output; a hook on the classifier puts the feature there."""
-        model: Any = self.backbone.model
         if self.backbone.kind == "timm":
             layout = token_layout(self.backbone)
             return like.new_zeros(1, 1, 1).expand(batch, layout.prefix + 1, self.backbone.embed_dim)
-        return like.new_zeros(1, 1).expand(
-            batch, self.backbone.embed_dim if model.proj is None else model.proj.shape[1]
-        )
+        if not like.is_floating_point():
+            like = next(self.backbone.model.parameters())
+        return like.new_zeros(1, 1).expand(batch, output_width(self.backbone))
 
     def base_feature(self, given: Tensor) -> Tensor:
         """What the frozen backbone put in front of the classifier: ``given``, or the stored feature in a replay."""
@@ -262,31 +223,38 @@ class BackboneTaps(nn.Module):
     def _substitute(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (self.base_feature(args[0]), *args[1:])
 
-    def _tokens_first(self, tokens: Tensor) -> Tensor:
-        """``(batch, tokens, dim)`` of a block's input or output, which old open_clip towers give tokens first."""
+    @property
+    def _batch_first(self) -> bool:
+        """Whether blocks take ``(batch, tokens, dim)``; old open_clip towers have the tokens first."""
         transformer = getattr(self.backbone.model, "transformer", None)
-        batch_first = self.backbone.kind == "timm" or bool(getattr(transformer, "batch_first", True))
-        return tokens if batch_first else tokens.transpose(0, 1)
+        return self.backbone.kind == "timm" or bool(getattr(transformer, "batch_first", True))
+
+    def _by_sample(self, tokens: Tensor) -> Tensor:
+        """A block's input or output as ``(batch, tokens, dim)``."""
+        return tokens if self._batch_first else tokens.transpose(0, 1)
 
     def _enter_first(self, block: nn.Module, args: tuple[Any, ...]) -> None:
         if self._running and self._record is not None and 0 in self.wanted:
-            self._record.taps[0] = self._tokens_first(args[0])
+            self._record.taps[0] = self._by_sample(args[0])
 
     def _enter(self, index: int, block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not self._running or not self.registers:
             return None
-        register = self.registers[index].to(args[0].dtype)
-        return (torch.cat([register.expand(len(args[0]), -1, -1), args[0]], 1), *args[1:])
+        tokens = self._by_sample(args[0])
+        register = self.registers[index].to(tokens.dtype)
+        return (self._by_sample(torch.cat([register.expand(len(tokens), -1, -1), tokens], 1)), *args[1:])
 
     def _leave(self, index: int, block: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if not self._running or self._record is None:
             return None
         if index + 1 in self.wanted:
-            self._record.taps[index + 1] = self._tokens_first(output)
+            self._record.taps[index + 1] = self._by_sample(output)
         enough = index + 1 >= max(self.wanted, default=len(self.backbone.blocks))
         if enough and not self.needs_final and (self.training or not self.whole_in_eval):
             raise _Enough
-        return output[:, self.registers[index].shape[1] :] if self.registers else None
+        if not self.registers:
+            return None
+        return self._by_sample(self._by_sample(output)[:, self.registers[index].shape[1] :])
 
 
 def backbone_taps(module: nn.Module, backbone: Backbone, head: nn.Module) -> BackboneTaps:
@@ -299,6 +267,25 @@ def backbone_taps(module: nn.Module, backbone: Backbone, head: nn.Module) -> Bac
     taps = plugins["taps"]  # type: ignore[assignment]
     assert isinstance(taps, BackboneTaps)
     return taps
+
+
+@contextmanager
+def _exchanged(
+    blocks: Sequence[nn.Module], norms: Sequence[Mapping[str, Mapping[str, nn.Parameter]]]
+) -> Iterator[None]:
+    """The blocks compute with other weights of their norms inside; without ``norms`` nothing changes."""
+    own: list[tuple[nn.Module, str, nn.Parameter]] = []
+    try:
+        for block, of_block in zip(blocks, norms, strict=False):
+            for name, values in of_block.items():
+                norm = getattr(block, name)
+                for key, value in values.items():
+                    own.append((norm, key, getattr(norm, key)))
+                    setattr(norm, key, value)
+        yield
+    finally:
+        for norm, key, value in own:
+            setattr(norm, key, value)
 
 
 @contextmanager
@@ -320,48 +307,3 @@ def tapping(backbone: Backbone, indices: Iterable[int]) -> Iterator[BackboneTaps
         yield taps
     finally:
         taps.detach()
-
-
-def run_late(backbone: Backbone, tokens: Tensor, late: int) -> Tensor:
-    """The last ``late`` blocks, final norm and pooling on ``tokens``, with a graph: the feature ``(batch, features)``.
-
-    The blocks' parameters stay frozen; gradients only pass through them to ``tokens``.
-    """
-    model: Any = backbone.model
-    if model.training:
-        model.eval()
-    if backbone.kind == "timm":
-        for block in backbone.blocks[len(backbone.blocks) - late :]:
-            tokens = block(tokens)
-        feature: Tensor = model.forward_head(model.norm(tokens), pre_logits=True)
-        return feature
-    batch_first = bool(getattr(model.transformer, "batch_first", True))
-    tokens = tokens if batch_first else tokens.transpose(0, 1)
-    for block in backbone.blocks[len(backbone.blocks) - late :]:
-        tokens = block(tokens)
-    pooled: Tensor = model._pool(tokens if batch_first else tokens.transpose(0, 1))[0]
-    return pooled if model.proj is None else pooled @ model.proj
-
-
-def project(backbone: Backbone, feature: Tensor, width: int, *, tokens: bool) -> Tensor:
-    """A side network's feature in the width of the classifier: zeros behind a narrow one.
-
-    Zeros make the classifier's first columns the feature's own classifier, and the others without effect.
-
-    Args:
-        backbone: whose frozen projection is applied, where an open_clip tower has one.
-        feature: ``(batch, features)``.
-        width: what the classifier takes.
-        tokens: whether the feature has the width of a token and passes the projection.
-
-    Raises:
-        ValueError: for a feature that is wider than the classifier's input.
-    """
-    projection: Any = getattr(backbone.model, "proj", None) if backbone.kind == "open_clip" else None
-    if projection is not None and tokens:
-        feature = feature @ projection.to(feature.dtype)
-    if feature.shape[1] > width:
-        raise ValueError(
-            f"the classifier must take at least {feature.shape[1]} features, the side network's width, got {width}"
-        )
-    return F.pad(feature, (0, width - feature.shape[1])) if feature.shape[1] < width else feature

@@ -8,6 +8,7 @@ from torch import nn
 
 from cl_plugins import Task, fit_stream
 from cl_plugins.callbacks import (
+    HierarchicalSideTuning,
     LadderSideTuning,
     LeanHierarchicalSideTuning,
     Sherl,
@@ -22,6 +23,7 @@ METHODS = {
     "lean-hst": lambda **o: LeanHierarchicalSideTuning(**PYRAMID, **o),
     "side-tuning": lambda **o: SideTuning(width=4, **o),
 }
+ALL_METHODS = {**METHODS, "hst": lambda **o: HierarchicalSideTuning(**PYRAMID, **o)}
 
 
 def clip_tower(batch_first: bool = True) -> ClipTower:

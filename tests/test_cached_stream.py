@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from cl_plugins import fit_stream
+from cl_plugins import Task, fit_stream
 from cl_plugins.cached_stream import CachedRows, CachedStream, uncached
 from cl_plugins.callbacks import (
     CacheFeatures,
@@ -108,6 +108,15 @@ def test_another_backbone_or_transform_is_refused(tmp_path):
 def test_what_still_trains_in_front_of_the_classifier_is_refused(method):
     with pytest.raises(ValueError, match="features change while"):
         run(method(), CacheFeatures(progress=False))
+
+
+def test_a_backbone_that_a_side_network_adapts_is_not_cached_by_hand():
+    module, method = tiny_vit(depth=4), HierarchicalSideTuning(**PYRAMID, regime="per_task")
+    method.install(module)
+    method.start_task(module, Task(0, (0, 1)))
+    cached = CacheFeatures(progress=False).open(module, tiny_stream())
+    with pytest.raises(RuntimeError, match="prompts, norms or other weights there still train"):
+        cached.test_loader(0)
 
 
 def test_views_are_augmentation_seeds():

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,7 @@ def test_ctrl_c_keeps_what_was_recorded_and_exits_with_130(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "cl_plugins.cli", *words, "--out", str(tmp_path / "x")],
         stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a job in the background has it ignored
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not list((tmp_path / "x").glob("events.*")):

@@ -54,7 +54,7 @@ def test_the_report_is_there_after_every_task(tmp_path):
     class Look(ContinualCallback):
         """Stands after the dashboard, so it sees what that has rendered."""
 
-        training = "neutral"
+        training, records = "neutral", True
         seen = ()
 
         def on_row(self, trainer, pl_module, row):
@@ -166,3 +166,23 @@ def test_parameters_by_kind():
     total = sum(p.numel() for p in module.parameters())
     module.plugins = torch.nn.ModuleDict({"x": torch.nn.Linear(2, 3)})
     assert parameter_counts(module) == {"model": total, "plugins": 9}
+
+
+def test_a_callback_that_cannot_close_does_not_hide_what_failed_nor_keep_others_open(tmp_path):
+    class Broken(ContinualCallback):
+        training = "neutral"
+
+        def on_row(self, trainer, pl_module, row):
+            raise OSError("the first trouble")
+
+        def on_exception(self, trainer, pl_module, exception):
+            raise RuntimeError("the second")
+
+    dashboard = ForgettingDashboard(tmp_path, "demo", report=None)
+    trainer = quiet_trainer(callbacks=[Broken(), dashboard], max_epochs=1)
+    with (
+        pytest.warns(UserWarning, match=r"Broken could not close what it opened: RuntimeError\('the second'\)"),
+        pytest.raises(OSError, match="the first trouble"),
+    ):
+        fit_stream(trainer, PlainModule(), tiny_stream())
+    assert read_run(tmp_path / "demo").ended == "failed"

@@ -225,9 +225,10 @@ def test_a_resumed_stream_goes_on_with_the_same_measurements(tmp_path):
     assert run(ckpt_path="last").drift == _run(DriftTracker(probe=24))[0].drift
 
 
-def test_the_result_and_the_store_have_it(tmp_path):
+@pytest.mark.parametrize("first", ["tracker", "dashboard"])
+def test_the_result_and_the_store_have_it(tmp_path, first):
     tracker, dashboard = DriftTracker(probe=24), ForgettingDashboard(tmp_path, "demo")
-    result, _ = _run(tracker, dashboard)
+    result, _ = _run(*([tracker, dashboard] if first == "tracker" else [dashboard, tracker]))
     told = json.loads(result.save(tmp_path / "out").read_text())["drift"]
     assert [DriftRow.from_dict(row) for row in told] == result.drift
     events = {(e["name"], e["task"]): e for e in read_run(tmp_path / "demo").plug}
@@ -251,11 +252,6 @@ def test_the_result_and_the_store_have_it(tmp_path):
 def test_wrong_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         DriftTracker(**options)
-
-
-def test_the_dashboard_must_stand_behind_it(tmp_path):
-    with pytest.raises(ValueError, match="before the ForgettingDashboard"):
-        _run(ForgettingDashboard(tmp_path, "demo"), DriftTracker())
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from benchmarks.method_scenario import outcome, streams
 REFUSED = {
     ("ovor", "online-glyphs"): "`head_epochs` must leave an epoch for the prompt",
     ("ovor", "multilabel-glyphs"): "OVOR works on image data alone, because it needs one label per sample",
+    ("hst", "blurry-glyphs"): "`regime='per_task'` must have tasks with classes of their own",
     ("lst", "instructions"): "LadderSideTuning works on image data alone",
     ("zero-shot", "split-digits"): "because it needs the texts of the classes",
     ("oneprompt", "mtil-glyphs"): "because it acts on a linear classifier behind an image backbone",

@@ -50,6 +50,7 @@ def _worker(rank, port, folder):
     counts = metric.correct.clone(), metric.total.clone()
     metric.unsync()
     torch.save({"values": dict(collection.compute()), "matrix": matrix, "counts": counts}, f"{folder}/{rank}.pt")
+    dist.barrier()  # one that leaves while the other still reads can hang gloo of torch 2.5
     dist.destroy_process_group()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.processes import BATCH_STATISTICS, compare, launch, teams
+from cl_plugins.recipes import load_recipe, recipe_names
 
 QUICK = ["OVOR and NearestMean", "MoRA", "BalancedEMA", "LeanHierarchicalSideTuning", "RanPAC", "ForgettingDashboard"]
 
@@ -24,6 +25,13 @@ def _outcomes(folder, chosen):
             assert name in BATCH_STATISTICS, f"{name}: {gap}"
         else:
             assert gap < 1e-9, f"{name}: weights differ by {gap}, in double precision"
+
+
+def test_every_method_of_the_list_is_among_the_teams():
+    known = [set(team) for team in teams().values()]
+    for method in recipe_names():  # what `cl-bench list` shows; "finetune" and "joint" have no callback
+        classes = {entry["class"] for entry in load_recipe(method, "split-digits").callbacks}
+        assert classes in known or classes - {"CacheFeatures"} in known, method  # the cache stands in two teams
 
 
 @pytest.mark.ddp

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from urllib.parse import urlsplit
 
 import pytest
@@ -128,7 +129,8 @@ def test_an_empty_folder_waits_for_its_first_run(tmp_path):
 
 def test_the_command_says_how_to_reach_it(tmp_path):
     words = [sys.executable, "-u", "-m", "cl_plugins.cli", "serve", str(tmp_path), "--port", "0"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background has it ignored
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, preexec_fn=heed) as process:
         try:
             address, forward = process.stdout.readline(), process.stdout.readline()
         finally:

@@ -1,9 +1,11 @@
 """Runs of ``cl-bench`` that were stopped, by a signal, by the machine or by their own numbers, go on."""
 
 import errno
+import importlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -279,6 +281,45 @@ def test_pieces_of_a_kill_test_add_up():
     both = kill_test._sum(first, second)
     assert both.kills == {"while saving": 2, "at random": 4, kill_test.CACHING: 1}
     assert (both.starts, both.differences) == (9, ["x differs"])
+
+
+def test_the_kill_test_covers_every_method_with_evaluations_inside_tasks():
+    from cl_plugins.recipes import recipe_names
+
+    for method in recipe_names():
+        settings = kill_test._settings(method)
+        assert settings["eval_every"] % settings["save_every_steps"], "a save would hide each row from the kills"
+        assert settings["drift"]
+        module = importlib.import_module("cl_plugins.recipes").load_recipe(method, settings["scenario"])
+        classes = [getattr(importlib.import_module("cl_plugins.callbacks"), c["class"]) for c in module.callbacks]
+        modality = "image" if settings["scenario"] == "split-digits" else "image-text"
+        assert all(modality in c.modalities for c in classes), f"{method} cannot run on {settings['scenario']}"
+
+
+def _change(folder, name, before, after):
+    path = next(folder.glob(name))
+    text = path.read_text()
+    assert before in text
+    path.write_text(text.replace(before, after, 1))
+
+
+def test_the_kill_test_sees_each_difference(tmp_path):
+    options = {"eval_every": 3, "drift": True, "data": {"validation_fraction": 0.9}}
+    _run(tmp_path / "a", **options)
+    assert kill_test.differences(tmp_path / "a", tmp_path / "a") == []
+    changes = {
+        "inside": ("result.json", '"inside_tasks": {', '"inside_tasks": {"extra": 1,', ".inside_tasks.extra"),
+        "drift": ("result.json", '"drift": [', '"drift": [{"after": 9},', ".drift.0.after"),
+        "store": ("events.0.*.jsonl", '"kind":"mid"', '"kind":"lost"', "inside.0"),
+        "figures": ("events.0.*.jsonl", '"kind":"plug"', '"kind":"lost"', "of the run store differs"),
+        "clock": ("result.json", '"wall_seconds": ', '"wall_seconds": 1', None),
+    }
+    for name, (file, before, after, text) in changes.items():
+        shutil.copytree(tmp_path / "a", tmp_path / name)
+        _change(tmp_path / name, file, before, after)
+        found = kill_test.differences(tmp_path / name, tmp_path / "a")
+        assert bool(found) == (text is not None), (name, found)
+        assert text is None or any(text.lstrip(".") in f for f in found), (name, found)
 
 
 @pytest.mark.slow

@@ -314,6 +314,30 @@ def test_result_saves_numbers_that_other_tools_can_read(tmp_path):
     assert result.to_frame().shape == (3, 3)
 
 
+def test_some_old_tasks_are_drawn_at_task_ends_and_all_after_the_last():
+    def run(**options):
+        stream = tiny_stream(n_tasks=6)
+        return fit_stream(quiet_trainer(max_epochs=1, callbacks=[MaskedHead()]), PlainModule(), stream, **options)
+
+    everything, drawn = run(), run(evaluate_old=2, seed=0)
+    assert run(evaluate_old=9).correct.tolist() == everything.correct.tolist()
+    cells = drawn.correct
+    assert [(row >= 0).sum().item() for row in cells] == [1, 2, 3, 3, 3, 6]
+    assert all(cells[i, i] >= 0 for i in range(6))
+    assert torch.equal(cells[cells >= 0], everything.correct[cells >= 0])  # what is drawn is what was there
+    for name in ("average_accuracy", "learning_accuracy", "backward_transfer"):
+        assert getattr(drawn, name) == getattr(everything, name), name
+    assert drawn.metrics()["forgetting"] is None
+    assert drawn.metrics()["average_incremental_accuracy"] is None
+    assert run(evaluate_old=2, seed=0).correct.tolist() == cells.tolist()
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.5, True])
+def test_the_number_of_old_tasks_is_checked_before_training(count):
+    with pytest.raises(ValueError, match="`evaluate_old` must be an integer of 1 or more"):
+        fit_stream(quiet_trainer(callbacks=[MaskedHead()]), PlainModule(), tiny_stream(), evaluate_old=count)
+
+
 def test_a_long_stream_keeps_the_newest_confusions_alone_and_saves_its_rows_whole():
     from cl_plugins.stream_state import rows_from_state, rows_to_state
 

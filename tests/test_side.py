@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
+from timm.models.beit import Beit
+from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.functional import cross_entropy
@@ -22,8 +26,10 @@ from cl_plugins.callbacks import (
     Sherl,
     SideTuning,
 )
+from cl_plugins.side_network import TapRecord
 from cl_plugins.side_routing import TaskRouter
-from cl_plugins.taps import BackboneTaps, TapRecord, TokenLayout, patch_grid, run_late, tapping
+from cl_plugins.taps import BackboneTaps, tapping
+from cl_plugins.tokens import TokenLayout, patch_grid, run_late
 from tests._helpers import PlainModule, quiet_trainer, tiny_stream, tiny_vit
 from tests._side import METHODS, clip_tower, images, saved_bytes, started
 
@@ -53,9 +59,9 @@ def test_ladder_has_the_published_size(reduction, drop, expected):
 
 @pytest.mark.parametrize(("dim", "expected"), [(192, 605_864), (384, 658_856), (768, 764_840)])
 def test_pyramid_has_the_published_size(dim, expected):
-    side = HierarchicalSide(dim, 12)
-    norms_of_the_backbone = 12 * 4 * dim
-    assert sum(p.numel() for p in side.parameters()) + norms_of_the_backbone == expected
+    blocks = [nn.ModuleDict({"norm1": nn.LayerNorm(dim), "norm2": nn.LayerNorm(dim)}) for _ in range(12)]
+    side = HierarchicalSide(dim, 12, blocks=blocks)
+    assert sum(p.numel() for p in side.parameters()) == expected
 
 
 @pytest.mark.parametrize(
@@ -101,6 +107,33 @@ def test_taps_are_the_tokens_between_the_blocks(batch_first):
         torch.testing.assert_close(
             late, module.forward_head(expected, pre_logits=True) if found.kind == "timm" else expected
         )
+
+
+ODD = {
+    "registers and layer scale": lambda: VisionTransformer(**TINY, reg_tokens=2, init_values=0.1, qk_norm=True),
+    "average of the patches": lambda: VisionTransformer(**TINY, class_token=False, global_pool="avg"),
+    "norm in front": lambda: VisionTransformer(**TINY, pre_norm=True, global_pool="avg", fc_norm=False),
+    "attention pooling": lambda: VisionTransformer(**TINY, global_pool="map", class_token=False),
+    "relative bias": lambda: Beit(**TINY, use_abs_pos_emb=False, use_rel_pos_bias=True),
+    "relative positions": lambda: VisionTransformerRelPos(**TINY),
+}
+TINY = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 4, "num_heads": 2, "num_classes": 6}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_late_blocks_end_in_the_backbones_own_feature(name):
+    vit = ODD[name]()
+    for parameter in vit.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    found = find_backbone(vit)
+    with tapping(found, range(5)) as taps:
+        feature = vit.forward_head(vit.train().forward_features(images()), pre_logits=True)
+        record = taps.take()
+    for late in (1, 3):
+        torch.testing.assert_close(run_late(found, record.taps[4 - late], late), feature)
+    module = started(METHODS["lst"](), vit).train()
+    cross_entropy(module(images()), torch.tensor([0, 1, 0])).backward()
+    assert all(p.grad is None for n, p in module.named_parameters() if not n.startswith(("plugins.", "head.")))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -242,6 +275,15 @@ def test_identity_start_of_sherl_is_the_frozen_model():
     assert Consolidator(8, 4, 3, score_bias=0.5).score.bias.item() == 0.5
 
 
+@pytest.mark.parametrize("variant", ["gated", "norm", "mlp"])
+def test_variants_of_the_merge_are_options_of_the_callback(variant):
+    module = started(Sherl(4, variant=variant)).train()
+    side = module.plugins["side"].active
+    assert side.merge.variant == variant
+    cross_entropy(module(images()), torch.tensor([0, 1, 0])).backward()
+    assert all(p.grad is not None for p in side.parameters())
+
+
 def test_bridge_and_resize_commute():
     maps = torch.randn(2, 6, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     bridge = nn.Linear(6, 4).double()
@@ -332,6 +374,7 @@ def test_router_is_the_shared_covariance_classifier():
         (lambda: LadderSideTuning(regime="pertask"), "did you mean 'per_task'"),
         (lambda: LadderSideTuning(init="fischer"), "did you mean 'fisher'"),
         (lambda: LadderSideTuning(layers="quater"), "did you mean 'quarter'"),
+        (lambda: Sherl(variant="gate"), "did you mean 'gated'"),
         (lambda: SideTuning(routing="logit"), "did you mean 'logits'"),
         (lambda: SideTuning(distill_lr=0.0), "`distill_lr` must be above 0"),
         (lambda: LeanHierarchicalSideTuning(drop_path=1.0), "`drop_path` must be"),
@@ -363,6 +406,43 @@ def test_a_backbone_that_cannot_be_pruned_is_told():
 
     with pytest.raises(ValueError, match="use init='random'"):
         canonical_weights(Backbone("", Odd(), "timm", (), 8, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "refused"),
+    [
+        ("cait_xxs24_224", dict.fromkeys(("lst", "random", "sherl", "lean", "hst"), "only joins")),
+        ("xcit_nano_12_p16_224", dict.fromkeys(("lst", "random", "sherl", "lean", "hst"), "only joins")),
+        ("eva02_tiny_patch14_224", {"lst": "use init='random'", "sherl": "hands them rope", "hst": "hands them rope"}),
+        ("eva02_base_patch14_224", {"lst": "use init='random'", "sherl": "hands them rope", "hst": "hands them rope"}),
+        ("vit_small_patch16_dinov3", {"sherl": "hands them rope", "hst": "hands them rope"}),
+        ("vit_srelpos_small_patch16_224", {"sherl": "hands them shared_rel_pos", "hst": "hands them shared_rel_pos"}),
+        ("vit_relpos_small_patch16_224", {"hst": "with relative positions"}),
+        ("beit_base_patch16_224", {"hst": "with relative positions"}),
+        ("vit_small_r26_s32_224", {}),
+        ("deit3_small_patch16_224", {}),
+    ],
+)
+def test_backbones_whose_tokens_do_not_fit_are_told_at_setup(name, refused):
+    """Built without memory: SHERL's late blocks and HST's registers would run them with other positions, unnoticed."""
+    methods = {
+        "lst": LadderSideTuning(4),
+        "random": LadderSideTuning(4, init="random"),
+        "sherl": Sherl(4),
+        "lean": LeanHierarchicalSideTuning(),
+        "hst": HierarchicalSideTuning(),
+        "side": SideTuning(),
+    }
+    with torch.device("meta"):
+        found = find_backbone(timm.create_model(name, num_classes=4))
+    for kind, method in methods.items():
+        if kind in refused:
+            with pytest.raises(ValueError, match=refused[kind]):
+                method.factory(found, found.model.get_classifier())
+        else:
+            side = method.factory(found, found.model.get_classifier())
+            assert side().needs_image == (kind in ("lean", "hst", "side"))
+            assert side.keywords.get("channels", 3) == 3
 
 
 def test_stage_depths_and_layouts():

@@ -17,7 +17,8 @@ from cl_plugins.adapters.ladder import LadderSide
 from cl_plugins.adapters.sherl import Consolidator, EmbeddingConsolidator
 from cl_plugins.adapters.side_pruning import prune_chain, vit_chain
 from cl_plugins.backbones import find_backbone
-from cl_plugins.taps import BackboneTaps, TapRecord
+from cl_plugins.side_network import TapRecord
+from cl_plugins.taps import BackboneTaps
 from tests._golden import golden_files
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}

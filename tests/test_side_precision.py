@@ -12,9 +12,9 @@ from cl_plugins.adapters.alpha_side import AlphaSide
 from cl_plugins.adapters.strided_conv import StridedConv
 from cl_plugins.backbones import vit_glyph
 from cl_plugins.callbacks import CacheFeatures
-from cl_plugins.taps import TapRecord
+from cl_plugins.side_network import TapRecord
 from tests._helpers import PlainModule, tiny_stream, tiny_vit
-from tests._side import METHODS, images, started, train
+from tests._side import ALL_METHODS, METHODS, images, started, train
 
 
 class _Sgd(PlainModule):
@@ -39,9 +39,9 @@ def test_accumulated_gradients_equal_a_larger_batch(name):
     assert moved > 3
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ALL_METHODS)
 def test_bfloat16_autocast_stays_near_float32(name):
-    module = started(METHODS[name](regime="shared"), vit_glyph(num_classes=6)).train()
+    module = started(ALL_METHODS[name](regime="shared"), vit_glyph(num_classes=6)).train()
     x, y = images(6, 32), torch.tensor([0, 1, 0, 1, 0, 1])
     gradients = []
     for enabled in (False, True):

@@ -20,13 +20,14 @@ from cl_plugins.callbacks import (
 from cl_plugins.decay import exempt_from_decay
 from cl_plugins.heads import HIDDEN_LOGIT
 from cl_plugins.scenarios import build_scenario
+from cl_plugins.side_network import TapRecord
 from tests._helpers import PlainModule, tiny_stream, tiny_vit
-from tests._side import METHODS, PYRAMID, images, started, train
+from tests._side import ALL_METHODS, METHODS, PYRAMID, images, started, train
 
 # regimes
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ALL_METHODS)
 def test_per_task_logits_of_the_first_task_stay_bit_equal(name):
     class Watch(pl.Callback):
         logits: list[torch.Tensor]
@@ -41,7 +42,7 @@ def test_per_task_logits_of_the_first_task_stay_bit_equal(name):
     watch = Watch()
     watch.logits = []
     module = PlainModule(tiny_vit(depth=4), weight_decay=0.1)
-    result = train(module, METHODS[name](regime="per_task"), callbacks=[watch])
+    result = train(module, ALL_METHODS[name](regime="per_task"), callbacks=[watch])
     assert len(module.plugins["side"].sides) == 3
     assert all(torch.equal(watch.logits[0], later) for later in watch.logits[1:])
     assert result.forgetting >= 0
@@ -99,7 +100,8 @@ def test_first_session_trains_once():
     assert any(not torch.equal(states[0][n], p) for n, p in start.plugins["side"].named_parameters())
 
 
-def test_batch_statistics_follow_the_regime():
+@pytest.mark.parametrize("name", ["lean-hst", "hst"])
+def test_batch_statistics_follow_the_regime(name):
     for regime, moves in (("shared", False), ("per_task", True)):
         module = PlainModule(tiny_vit(depth=4))
         means = []
@@ -112,7 +114,7 @@ def test_batch_statistics_follow_the_regime():
                 bank = pl_module.plugins["side"]
                 self.means.append([s.batch_norm.running_mean.clone() for s in bank.sides])
 
-        train(module, METHODS["lean-hst"](regime=regime), callbacks=[Keep(means)])
+        train(module, ALL_METHODS[name](regime=regime), callbacks=[Keep(means)])
         assert all(torch.equal(means[0][0], later[0]) for later in means[1:])  # those of the first task stay
         assert len(means[2]) == (3 if moves else 1)
         assert not torch.equal(means[0][0], torch.zeros(16))
@@ -241,30 +243,81 @@ def test_distillation_brings_the_side_network_to_the_backbone():
     assert distance(20) < 0.5 * distance(0)
 
 
-def test_published_pyramid_trains_registers_and_norms():
+def test_published_pyramid_trains_registers_and_norms_of_its_own():
     module = PlainModule(tiny_vit(depth=4))
     start = copy.deepcopy(module.model.state_dict())
     method = HierarchicalSideTuning(**PYRAMID)
     train(module, method)
     end = module.model.state_dict()
-    moved = {n for n in start if not torch.equal(start[n], end[n])}
-    norms = {f"blocks.{i}.norm{k}.{p}" for i in range(4) for k in (1, 2) for p in ("weight", "bias")}
-    assert moved == norms | {"head.weight", "head.bias"}
-    fresh = started(HierarchicalSideTuning(**PYRAMID))
-    registers = zip(module.plugins["side"].active.registers, fresh.plugins["side"].active.registers, strict=True)
-    assert all(not torch.equal(a, b) for a, b in registers)
-    with pytest.raises(ValueError, match="`regime` must be one of shared, first_session"):
-        HierarchicalSideTuning(regime="per_task")
+    assert {n for n in start if not torch.equal(start[n], end[n])} == {"head.weight", "head.bias"}
+    side, fresh = (dict(m.plugins["side"].active.named_parameters()) for m in (module, started(ALL_METHODS["hst"]())))
+    norms = {f"norms.{i}.norm{k}.{p}" for i in range(4) for k in (1, 2) for p in ("weight", "bias")}
+    inside = norms | {f"registers.{i}" for i in range(4)}
+    assert inside <= side.keys()
+    assert all(not torch.equal(side[n], fresh[n]) for n in inside)
+    assert all(torch.equal(fresh[n], start["blocks." + n.removeprefix("norms.")]) for n in norms)
 
 
 def test_published_pyramid_freezes_after_the_first_session():
     module = PlainModule(tiny_vit(depth=4))
-    norms = []
+    states = []
 
     class Keep(pl.Callback):
         def on_fit_end(self, trainer, pl_module):
-            norms.append(pl_module.model.blocks[0].norm1.weight.detach().clone())
+            states.append(copy.deepcopy(pl_module.plugins["side"].active.state_dict()))
 
     train(module, HierarchicalSideTuning(**PYRAMID, regime="first_session"), callbacks=[Keep()])
-    assert torch.equal(norms[0], norms[2])
-    assert not torch.equal(norms[0], torch.ones(16))
+    assert all(torch.equal(states[0][n], states[2][n]) for n in states[0])
+    assert not torch.equal(states[0]["norms.0.norm1.weight"], torch.ones(16))
+
+
+def _alone(side, vit, x):
+    """The feature of one published pyramid on a copy of the backbone that has its norms for good."""
+    vit, own = copy.deepcopy(vit), side.state_dict()
+    values = {f"blocks.{n.removeprefix('norms.')}": v for n, v in own.items() if n.startswith("norms.")}
+    vit.load_state_dict({**vit.state_dict(), **values})
+    tokens, taps = vit.norm_pre(vit._pos_embed(vit.patch_embed(x))), {}
+    for i, block in enumerate(vit.blocks):
+        taps[i + 1] = block(torch.cat([own[f"registers.{i}"].expand(len(x), -1, -1), tokens], 1))
+        tokens = taps[i + 1][:, 1:]
+    return side(TapRecord(taps, x), x)
+
+
+@pytest.mark.parametrize("routing", ["prototype", "logits", "both"])
+@pytest.mark.parametrize("regime", ["per_task", "per_task_dense"])
+def test_each_published_pyramid_has_a_backbone_with_its_own_norms(routing, regime):
+    module = PlainModule(tiny_vit(depth=4), lr=0.05)
+    train(module, HierarchicalSideTuning(**PYRAMID, regime=regime, routing=routing))
+    bank, head, x = module.plugins["side"].eval(), module.model.head, images(9)
+    plain = tiny_vit(depth=4).eval()
+    with torch.no_grad():
+        got = module.eval()(x)
+        base = plain.forward_head(plain.forward_features(x), pre_logits=True)
+        features = [_alone(bank.side(t), plain, x) for t in range(3)]
+        assert not torch.allclose(features[0], features[1], atol=1e-2)
+        if regime == "per_task_dense":
+            weights = [m.softmax(0) for m in bank.mix]
+            features = [
+                sum(w * f for w, f in zip(weights[t], [base, *features[: t + 1]], strict=True)) for t in range(3)
+            ]
+        rows = [F.linear(f, head.weight, head.bias)[:, 2 * t : 2 * t + 2] for t, f in enumerate(features)]
+        rows = torch.cat(rows, 1) / bank.temperature
+        p_task = bank.router.log_probabilities(base, bank.owner, 3).exp()  # of the backbone as it was pretrained
+        if routing == "logits":
+            expected = rows
+        elif routing == "prototype":
+            mask = torch.arange(6)[None] // 2 == p_task.argmax(1)[:, None]
+            expected = rows.masked_fill(~mask, HIDDEN_LOGIT)
+        else:
+            inside = rows.unflatten(1, (3, 2)).softmax(2) * p_task[:, :, None]
+            expected = (rows.softmax(1) + inside.flatten(1)).log()
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        bank.known_task = 1
+        own = F.linear(features[1], head.weight, head.bias)
+        torch.testing.assert_close(module(x)[:, 2:4], own[:, 2:4], rtol=1e-4, atol=1e-4)
+    loss = F.cross_entropy(module.train()(x), torch.tensor([4, 5, 4] * 3))
+    loss.backward()
+    trained = {n.split(".")[3] for n, p in module.named_parameters() if p.grad is not None and "sides." in n}
+    assert trained == {"2"}  # the newest alone
+    assert bank.side(2).norms[0]["norm1"]["weight"].grad.abs().sum() > 0
+    assert all(p.grad is None for n, p in module.model.named_parameters() if not n.startswith("head."))

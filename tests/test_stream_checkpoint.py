@@ -1,8 +1,10 @@
 """A stream that is stopped anywhere goes on as if it had not been."""
 
 import os
+import random
 import signal
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -105,6 +107,34 @@ def test_a_stream_stopped_anywhere_goes_on_bit_for_bit(tmp_path, whole, moment, 
         return
     _same(whole, _run(tmp_path, resume=True, every_n_steps=every), tmp_path)
     assert len(checkpoint_files(tmp_path / "checkpoints")) == 2
+
+
+class Noisy:
+    """A random transform that draws from torch's, NumPy's and Python's generators."""
+
+    def __call__(self, x):
+        return x + 0.1 * torch.randn_like(x) + float(np.random.rand()) + random.random()
+
+
+def test_data_workers_draw_the_same_after_a_resume(tmp_path):
+    def run(name, *callbacks, workers, resume=False):
+        pl.seed_everything(5, verbose=False)
+        module, folder = Scheduled(), tmp_path / name
+        stream = tiny_stream(num_workers=workers, train_transform=Noisy(), n_tasks=2, pin_memory=False)
+        trainer = quiet_trainer(
+            callbacks=[MaskedHead(), *callbacks, StreamCheckpoint(folder, every_n_steps=1)],
+            enable_checkpointing=True,
+            default_root_dir=folder,
+        )
+        fit_stream(trainer, module, stream, "last" if resume else None)
+        return module.state_dict()
+
+    whole = run("whole", workers=0)
+    step = 3 * len(tiny_stream(n_tasks=2).train_dataloader()) - 2  # inside the first epoch of the second task
+    with pytest.raises(RuntimeError, match="power failure"):
+        run("stopped", Fail(step), workers=1)
+    resumed = run("stopped", workers=1, resume=True)
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
 @pytest.mark.parametrize("first", [3, 4, 5])

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from cl_plugins._text import did_you_mean
 from cl_plugins.adapters.strided_conv import StridedConv
-from cl_plugins.taps import SideNetwork, TapRecord
+from cl_plugins.side_network import SideNetwork, TapRecord
 
 Merge = Literal["alpha", "sum", "product", "film", "mlp"]
 
@@ -60,6 +60,42 @@ class ConvSide(nn.Module):
         return feature
 
 
+class TokenSide(nn.Module):
+    """The same for texts, of this library's making: an embedding, four convolutions over neighbors, mean over the text.
+
+    What lies behind the end of the text is padding and never counts.
+
+    Args:
+        features: width of the output.
+        vocabulary: number of tokens.
+        width: of the embedding and of the first layer; it doubles up to four times it.
+
+    Example:
+        >>> TokenSide(16, vocabulary=10, width=8)(torch.zeros(2, 5, dtype=torch.int64)).shape
+        torch.Size([2, 16])
+    """
+
+    def __init__(self, features: int, vocabulary: int, width: int = 32) -> None:
+        super().__init__()
+        sizes = [width, width, 2 * width, 4 * width, 4 * width]
+        self.embed = nn.Embedding(vocabulary, width)
+        nn.init.normal_(self.embed.weight, std=0.02)
+        self.convs = nn.ModuleList(nn.Conv1d(a, b, 3, padding=1, bias=False) for a, b in pairwise(sizes))
+        self.norms = nn.ModuleList(nn.LayerNorm(b) for b in sizes[1:])
+        self.out = nn.Linear(sizes[-1], features)
+
+    def forward(self, ids: Tensor, last: Tensor | None = None) -> Tensor:
+        """``(batch, features)`` for token ids ``(batch, tokens)`` and the position of each text's end ``(batch,)``."""
+        kept = torch.ones_like(ids) if last is None else torch.arange(ids.shape[1], device=ids.device) <= last[:, None]
+        x: Tensor = self.embed(ids)
+        counts = kept[:, :, None].to(x.dtype)  # (batch, tokens, 1)
+        x = x * counts
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = norm(conv(x.transpose(1, 2)).transpose(1, 2)).relu() * counts
+        feature: Tensor = self.out(x.sum(1) / counts.sum(1))
+        return feature
+
+
 class AlphaSide(SideNetwork):
     """A small network on the image, blended into the backbone's feature.
 
@@ -69,6 +105,8 @@ class AlphaSide(SideNetwork):
         merge: "alpha" as published; "sum", "product", "film" (the side scales and shifts the backbone's feature) and
             "mlp" (of both features, concatenated) are its ablations.
         channels: of the image.
+        vocabulary: tokens of the text tower that it stands beside; None for images.
+        ends: whether that tower reads its feature at the end of the text, with padding behind it.
 
     Raises:
         ValueError: for an unknown merge.
@@ -83,15 +121,26 @@ class AlphaSide(SideNetwork):
     needs_image = True
     needs_base = True
 
-    def __init__(self, features: int, width: int = 32, merge: Merge = "alpha", channels: int = 3) -> None:
+    def __init__(
+        self,
+        features: int,
+        width: int = 32,
+        merge: Merge = "alpha",
+        channels: int = 3,
+        *,
+        vocabulary: int | None = None,
+        ends: bool = False,
+    ) -> None:
         super().__init__()
         if merge not in get_args(Merge):
             known = get_args(Merge)
             raise ValueError(f"`merge` must be one of {', '.join(known)}, got {merge!r}{did_you_mean(merge, known)}")
         if width < 1:
             raise ValueError(f"`width` must be 1 or more, got {width!r}")
-        self.merge = merge
-        self.network = ConvSide(features, width, channels)
+        self.merge, self.ends = merge, ends
+        self.network: ConvSide | TokenSide = (
+            ConvSide(features, width, channels) if vocabulary is None else TokenSide(features, vocabulary, width)
+        )
         self.blend = nn.Parameter(torch.zeros(())) if merge == "alpha" else None
         self.mlp = (
             nn.Sequential(nn.Linear(2 * features, features), nn.ReLU(), nn.Linear(features, features))
@@ -119,15 +168,22 @@ class AlphaSide(SideNetwork):
         """The blend."""
         return [] if self.blend is None else [self.blend]
 
+    def _own(self, record: TapRecord) -> Tensor:
+        assert record.image is not None
+        if isinstance(self.network, TokenSide):
+            feature: Tensor = self.network(record.image, record.position if self.ends else None)
+        else:
+            feature = self.network(record.image)
+        return feature
+
     def distillation_loss(self, record: TapRecord, base: Tensor) -> Tensor:
         """How far the side network is from the backbone."""
-        assert record.image is not None
-        return F.mse_loss(self.network(record.image), base)
+        own = self._own(record)
+        return F.mse_loss(own, base.to(own.dtype))  # a stored feature may be in half precision
 
     def forward(self, record: TapRecord, base: Tensor) -> Tensor:
         """The feature ``(batch, features)``."""
-        assert record.image is not None
-        own: Tensor = self.network(record.image)
+        own = self._own(record)
         if self.merge == "alpha":
             return own + self.alpha * (base - own)
         if self.merge == "sum":

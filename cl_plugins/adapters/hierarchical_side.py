@@ -29,10 +29,15 @@ from torch.nn import functional as F
 
 from cl_plugins.adapters.strided_conv import StridedConv
 from cl_plugins.backbones import find_backbone
-from cl_plugins.taps import BackboneTaps, SideNetwork, TapRecord, TokenLayout, patch_grid, token_layout
+from cl_plugins.side_network import Adaptation, SideNetwork, TapRecord
+from cl_plugins.taps import BackboneTaps
+from cl_plugins.tokens import TokenLayout, check_tokens, patch_grid, token_layout
 
 STRIDES = (4, 8, 16, 32)
 """Of the pyramid's levels, in pixels."""
+
+NORMS = ("norm1", "norm2", "ln_1", "ln_2")
+"""Names of the norms of a block in timm and open_clip."""
 
 
 def stage_depths(depth: int) -> tuple[int, int, int, int]:
@@ -142,6 +147,8 @@ class HierarchicalSide(SideNetwork):
         drop_path: of the last side block, rising linearly from 0; per data set in the paper, 0 to 0.2.
         channels: of the image.
         layout: of the backbone's tokens.
+        blocks: of the backbone, whose norms are copied here and trained as published; none when empty. The backbone
+            computes with these copies for as long as this network's own pass lasts, and keeps its own.
 
     Raises:
         ValueError: for depths that do not sum to the backbone's, or widths that heads do not divide.
@@ -167,6 +174,7 @@ class HierarchicalSide(SideNetwork):
         drop_path: float = 0.0,
         channels: int = 3,
         layout: TokenLayout | None = None,
+        blocks: Sequence[nn.Module] = (),
     ) -> None:
         super().__init__()
         depths = stage_depths(depth) if depths is None else tuple(depths)
@@ -185,7 +193,7 @@ class HierarchicalSide(SideNetwork):
         self.embed = nn.ModuleList([Stem(channels, widths[0])])
         self.embed.extend(Downsample(a, b) for a, b in pairwise(widths))
         self.bridge = nn.ModuleList(nn.Linear(dim, w) for w in widths)
-        rates = torch.linspace(0.0, drop_path, depth).tolist()
+        rates = torch.linspace(0.0, drop_path, depth, device="cpu").tolist()
         stage_of = [s for s in range(4) for _ in range(depths[s])]
         self.blocks = nn.ModuleList(
             PyramidBlock(widths[s], heads[s], dropout, rate) for s, rate in zip(stage_of, rates, strict=True)
@@ -195,10 +203,18 @@ class HierarchicalSide(SideNetwork):
         self.apply(_initialize)
         for register in self.registers:
             nn.init.xavier_uniform_(register)
+        self.norms = nn.ModuleList(_copied_norms(block) for block in blocks)
 
     def undecayed(self) -> list[nn.Parameter]:
         """Nothing: the paper's optimizer leaves biases and norms alone, which the user's may do as well."""
         return []
+
+    def adaptation(self) -> Adaptation | None:
+        """Registers and norms, where there are any."""
+        if not len(self.registers):
+            return None
+        norms = tuple({n: dict(own.named_parameters()) for n, own in block.named_children()} for block in self.norms)
+        return Adaptation(tuple(self.registers), norms)
 
     def pyramid(self, record: TapRecord) -> list[Tensor]:
         """The four levels ``(batch, width, rows, columns)``, at strides 4, 8, 16 and 32."""
@@ -240,6 +256,13 @@ def _resize(tokens: Tensor, grid: tuple[int, int], to: tuple[int, int]) -> Tenso
     return F.interpolate(maps, size=to, mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
 
 
+def _copied_norms(block: nn.Module) -> nn.ModuleDict:
+    """Weights of the norms of a block, as parameters of their own."""
+    norms = {n: m for n, m in block.named_children() if n in NORMS}
+    copies = {n: {k: nn.Parameter(p.detach().clone()) for k, p in m.named_parameters()} for n, m in norms.items()}
+    return nn.ModuleDict({n: nn.ParameterDict(values) for n, values in copies.items() if values})
+
+
 def _initialize(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
@@ -271,6 +294,7 @@ class HierarchicalFeatures(nn.Module):
         super().__init__()
         self.model = model.requires_grad_(False)
         backbone = find_backbone(model)
+        check_tokens(backbone)
         self.side = HierarchicalSide(
             backbone.embed_dim, len(backbone.blocks), layout=token_layout(backbone), **{"registers": 0, **options}
         )

@@ -1,9 +1,10 @@
 """Ladder side network: a narrow copy of a transformer that reads its intermediate tokens.
 
 "LST: Ladder Side-Tuning for Parameter and Memory Efficient Transfer Learning", Yi-Lin Sung, Jaemin Cho, Mohit Bansal,
-NeurIPS 2022, arXiv 2206.06522. Implemented: gated ladder, all gate variants, dropped layers, for vision transformers;
-the pruning initialization is in :mod:`cl_plugins.adapters.side_pruning`. Not implemented: the decoder's ladder of
-encoder-decoder models, distillation to the backbone's logits.
+NeurIPS 2022, arXiv 2206.06522. Implemented: gated ladder, all gate variants, dropped layers, for vision transformers
+and text towers, whose causal mask the side keeps and whose feature it reads at the same token; the pruning
+initialization is in :mod:`cl_plugins.adapters.side_pruning`. Not implemented: the decoder's ladder of encoder-decoder
+models, distillation to the backbone's logits.
 
 Formula, for taps ``h_0 ... h_L`` (see :mod:`cl_plugins.taps`) and width ``dim // reduction``::
 
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cl_plugins._text import did_you_mean
-from cl_plugins.taps import SideNetwork, TapRecord, TokenLayout
+from cl_plugins.side_network import SideNetwork, TapRecord
+from cl_plugins.tokens import TokenLayout
 
 Gate = Literal["learnable", "one", "none", "linear", "hyperbolic"]
 Drop = Literal["none", "quarter", "half", "three-quarters"]
@@ -92,24 +94,34 @@ class SideAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """``(batch, tokens, dim)`` to the same."""
+    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
+        """``(batch, tokens, dim)`` to the same; ``causal`` tokens attend to earlier ones and themselves."""
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)  # (batch, heads, tokens, head_dim)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         result: Tensor = self.proj(out.transpose(1, 2).flatten(2))
         return result
 
-    def first_token(self, x: Tensor) -> Tensor:
-        """What the first token ``(batch, 1, dim)`` gets of ``x``, without the other tokens' queries."""
+    def one_token(self, x: Tensor, position: Tensor | None = None, causal: bool = False) -> Tensor:
+        """What one token ``(batch, 1, dim)`` gets of ``x``, without the other tokens' queries."""
         dim = x.shape[2]
         weight, bias = self.qkv.weight, self.qkv.bias
-        own = F.linear(x[:, :1].clone(), weight[:dim], None if bias is None else bias[:dim])
+        own = F.linear(_one(x, position), weight[:dim], None if bias is None else bias[:dim])
         all_ = F.linear(x, weight[dim:], None if bias is None else bias[dim:])
         q = own.view(len(x), 1, self.heads, -1).transpose(1, 2)
         k, v = all_.view(*x.shape[:2], 2, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        result: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        allowed = None
+        if causal:
+            last = torch.zeros(len(x), 1, dtype=torch.int64, device=x.device) if position is None else position[:, None]
+            allowed = (torch.arange(x.shape[1], device=x.device) <= last)[:, None, None]  # (batch, 1, 1, tokens)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+        result: Tensor = self.proj(out.transpose(1, 2).flatten(2))
         return result
+
+
+def _one(x: Tensor, position: Tensor | None) -> Tensor:
+    """A copy of the first token of ``(batch, tokens, dim)``, or of the one at ``position``: ``(batch, 1, dim)``."""
+    return x[:, :1].clone() if position is None else x[torch.arange(len(x), device=x.device), position][:, None]
 
 
 class SideMlp(nn.Module):
@@ -161,15 +173,22 @@ class SideBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = SideMlp(dim, hidden, activation)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """``(batch, tokens, dim)`` to the same."""
-        x = x + self.attn(self.norm1(x), mask)
+    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
+        """``(batch, tokens, dim)`` to the same; ``causal`` tokens attend to earlier ones and themselves."""
+        x = x + self.attn(self.norm1(x), causal)
         result: Tensor = x + self.mlp(self.norm2(x))
         return result
 
-    def first_token(self, x: Tensor) -> Tensor:
-        """The first token of :meth:`forward` ``(batch, 1, dim)``, at a fraction of its cost."""
-        x = x[:, :1] + self.attn.first_token(self.norm1(x))
+    def one_token(self, x: Tensor, position: Tensor | None = None, causal: bool = False) -> Tensor:
+        """One token of :meth:`forward` ``(batch, 1, dim)``, at a fraction of its cost.
+
+        Args:
+            x: ``(batch, tokens, dim)``.
+            position: which one, ``(batch,)``; the first when None.
+            causal: whether it attends to earlier ones and itself alone.
+        """
+        own = x[:, :1] if position is None else _one(x, position)
+        x = own + self.attn.one_token(self.norm1(x), position, causal)
         result: Tensor = x + self.mlp(self.norm2(x))
         return result
 
@@ -271,34 +290,36 @@ class LadderSide(SideNetwork):
             stream - step
         )  # one difference is kept for backward, mu s + (1 - mu) d would keep two terms
 
-    def layer(self, index: int, stream: Tensor, tap: Tensor, mask: Tensor | None = None) -> Tensor:
+    def layer(self, index: int, stream: Tensor, tap: Tensor, causal: bool = False) -> Tensor:
         """One rung: ``stream`` ``(batch, tokens, width)`` on entry to a kept layer, ``tap`` the output of its block."""
         name = str(index)
         if self.fuse == "before":
             stream = self._fuse(name, stream, tap)
-        stream = self.blocks[name](stream, mask)
+        stream = self.blocks[name](stream, causal)
         return self._fuse(name, stream, tap) if self.fuse == "after" else stream
 
-    def stream(self, taps: Mapping[int, Tensor], mask: Tensor | None = None) -> Tensor:
+    def stream(self, taps: Mapping[int, Tensor], causal: bool = False) -> Tensor:
         """The side stream ``(batch, tokens, width)`` behind the last kept layer, before the norm."""
         stream: Tensor = self.first(taps[0])
         for index in self.layers:
-            stream = self.layer(index, stream, taps[index + 1], mask)
+            stream = self.layer(index, stream, taps[index + 1], causal)
         return stream
 
-    def _pooled(self, taps: Mapping[int, Tensor]) -> Tensor:
+    def _pooled(self, record: TapRecord) -> Tensor:
         """The pooled stream ``(batch, width)``; the last block computes one token where only one is read."""
-        if self.layout.pool != "token" or self.fuse == "after":
-            return self.layout.reduce(self.stream(taps))
+        taps, causal = record.taps, record.causal
+        if self.layout.pool == "avg" or self.fuse == "after":
+            return self.layout.reduce(self.stream(taps, causal), record.position)
         stream: Tensor = self.first(taps[0])
         for index in self.layers[:-1]:
-            stream = self.layer(index, stream, taps[index + 1])
+            stream = self.layer(index, stream, taps[index + 1], causal)
         last = str(self.layers[-1])
         block = self.blocks[last]
         assert isinstance(block, SideBlock)
-        return block.first_token(self._fuse(last, stream, taps[self.layers[-1] + 1]))[:, 0]
+        fused = self._fuse(last, stream, taps[self.layers[-1] + 1])
+        return block.one_token(fused, record.position, causal)[:, 0]
 
     def forward(self, record: TapRecord, base: Tensor) -> Tensor:
         """The feature ``(batch, dim)``."""
-        feature: Tensor = self.up(self.norm(self._pooled(record.taps)))
+        feature: Tensor = self.up(self.norm(self._pooled(record)))
         return feature

@@ -2,8 +2,8 @@
 
 "SHERL: Synthesizing High Accuracy and Efficient Memory for Resource-Limited Transfer Learning", Haiwen Diao, Bo Wan, Xu
 Jia, Yunzhi Zhuge, Ying Zhang, Huchuan Lu, Long Chen, ECCV 2024, arXiv 2407.07523. Implemented: the consolidation of
-taps with its published variants, and the late route through the last blocks of a vision transformer. Not implemented:
-encoder-decoder and convolutional hosts.
+taps with its published variants, and the late route through the last blocks of a vision transformer or of a text tower
+of open_clip. Not implemented: encoder-decoder and convolutional hosts.
 
 Formula per token, for projected taps ``z_1 ... z_{K-1}`` and the guide ``g = z_K`` (:class:`Consolidator`)::
 
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from cl_plugins._text import did_you_mean
 from cl_plugins.backbones import Backbone
-from cl_plugins.taps import SideNetwork, TapRecord, run_late
+from cl_plugins.side_network import SideNetwork, TapRecord
+from cl_plugins.tokens import run_late
 
 Variant = Literal["gated", "norm", "mlp"]
 
@@ -270,4 +271,5 @@ class SherlSide(SideNetwork):
 
     def forward(self, record: TapRecord, base: Tensor) -> Tensor:
         """The feature ``(batch, features)``."""
-        return run_late(self._backbone[0], self.merge([record.taps[i] for i in self.tap_indices]), self.late)
+        tokens = self.merge([record.taps[i] for i in self.tap_indices])
+        return run_late(self._backbone[0], tokens, self.late, record.position)

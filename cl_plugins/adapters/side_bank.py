@@ -13,6 +13,9 @@ task's rows of the classifier are applied to its own side network's feature, and
     logits      all side networks answer; a task's logits are divided by its temperature
     posterior   p(t | f_b) softmax(logits within t), the chain rule: only logits of one task are compared
     both        mean of two posteriors: softmax(logits), and that of "posterior"
+
+A side network that adapts the backbone, with registers and norms, has a pass of its own through it. Where the
+backbone's own feature or several side networks are read, that is one pass for each of them beside the plain one.
 """
 
 from __future__ import annotations
@@ -26,8 +29,10 @@ from torch.nn import functional as F
 
 from cl_plugins._text import did_you_mean
 from cl_plugins.heads import HIDDEN_LOGIT
+from cl_plugins.side_network import SideNetwork, TapRecord
 from cl_plugins.side_routing import TaskRouter
-from cl_plugins.taps import BackboneTaps, SideNetwork, TapRecord, project
+from cl_plugins.taps import BackboneTaps
+from cl_plugins.tokens import project
 
 Regime = Literal["shared", "first_session", "per_task", "per_task_dense"]
 Routing = Literal["prototype", "logits", "posterior", "both"]
@@ -126,12 +131,41 @@ class SideBank(nn.Module):
         side = self._build().to(weight.device, weight.dtype)
         self.taps.want(side.tap_indices, image=side.needs_image)
         self.taps.needs_final = self.per_task or side.needs_base or self.keeps_base
-        self.taps.registers = list(getattr(side, "registers", ()))
-        self.taps.frozen = not self.taps.registers  # registers must receive gradients through the backbone
         self.sides.append(side)
+        if side.adaptation() is not None:
+            self.taps.choose = self._own_pass
         if self.regime == "per_task_dense":
             self.mix.append(nn.Parameter(torch.zeros(len(self.sides) + 1, device=weight.device, dtype=weight.dtype)))
         return side
+
+    @property
+    def _adapts(self) -> bool:
+        """Whether each side network needs a pass of its own through the backbone."""
+        return self.taps.choose is not None
+
+    def _own_pass(self) -> SideNetwork | None:
+        """The side network that adapts the pass which the user's module asks for.
+
+        None where that pass must give the backbone's own feature.
+        """
+        if not len(self.sides):
+            return None
+        if not self.per_task:
+            return self.active
+        if self.bypass or self.regime == "per_task_dense":
+            return None
+        if self.training:
+            return self.active
+        if self.known_task is not None:
+            return self.side(self.known_task)
+        return None if len(self.sides) > 1 else self.active
+
+    def _read(self, record: TapRecord, index: int) -> TapRecord:
+        """What side network ``index`` reads: the given pass, or one of its own."""
+        if not self._adapts or self._own_pass() is self.side(index):
+            return record
+        assert record.image is not None
+        return self.taps.again(record.image, self.side(index))
 
     def keep_base(self) -> None:
         """Keep the backbone's own feature of each pass, for heads that read it beside the side network's."""
@@ -194,7 +228,7 @@ class SideBank(nn.Module):
         own: list[Tensor] = []
         for index in range(upto + 1):
             with torch.set_grad_enabled(torch.is_grad_enabled() and index == len(self.sides) - 1):
-                feature = self.side(index)(record, base)
+                feature = self.side(index)(self._read(record, index), base)
             own.append(project(self.taps.backbone, feature, width, tokens=self.side(index).in_token_space))
         if self.regime != "per_task_dense":
             return own
@@ -208,7 +242,7 @@ class SideBank(nn.Module):
         if self.regime == "per_task_dense":
             return self.features(record, base, index)[-1]
         side = self.side(index)
-        feature = side(record, base)
+        feature = side(self._read(record, index), base)
         return project(self.taps.backbone, feature, self._links[1].in_features, tokens=side.in_token_space)
 
     def _enter(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -266,9 +300,7 @@ class SideBank(nn.Module):
         for task in range(len(self.sides)):
             rows = (chosen == task).nonzero()[:, 0]
             if len(rows):
-                image = None if record.image is None else record.image[rows]
-                part = TapRecord({i: tap[rows] for i, tap in record.taps.items()}, image)
-                own = self._feature(part, base[rows], task)
+                own = self._feature(record.rows(rows), base[rows], task)
                 columns, values = self._rows(own, task)
                 feature[rows] = own.to(feature.dtype)
                 logits[rows[:, None], columns] = values.to(logits.dtype)

@@ -116,7 +116,7 @@ def prune_chain(
 _OPEN_CLIP_NAMES = (
     (r"^conv1\.weight$", "patch_embed.proj.weight"),
     (r"^transformer\.resblocks\.", "blocks."),
-    (r"^ln_post\.", "norm."),
+    (r"^(ln_post|ln_final)\.", "norm."),
     (r"\.ln_1\.", ".norm1."),
     (r"\.ln_2\.", ".norm2."),
     (r"\.attn\.in_proj_", ".attn.qkv."),
@@ -129,6 +129,8 @@ _OPEN_CLIP_NAMES = (
 def canonical_weights(backbone: Backbone, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Tensors of a backbone under timm's names, queries, keys and values apart and the patch kernel flattened.
 
+    A text tower's token embedding, transposed, stands where a patch kernel does.
+
     Args:
         backbone: a timm ViT or an open_clip tower.
         values: by the backbone's own parameter names, such as squared gradients; its weights when None.
@@ -138,12 +140,14 @@ def canonical_weights(backbone: Backbone, values: Mapping[str, Tensor] | None = 
     """
     found: dict[str, Tensor] = {}
     for name, value in (dict(backbone.model.named_parameters()) if values is None else values).items():
-        if backbone.kind == "open_clip":
+        if backbone.kind != "timm":
             for pattern, replacement in _OPEN_CLIP_NAMES:
                 name = re.sub(pattern, replacement, name)
         value = value.detach()
         if name == "patch_embed.proj.weight":
             found["patch_embed.weight"] = value.flatten(1)
+        elif name == "token_embedding.weight" and backbone.kind == "text":
+            found["patch_embed.weight"] = value.T  # (dim, vocabulary): rows are what the first block's columns read
         elif ".attn.qkv." in name:
             found.update({name.replace("qkv", part): rows for part, rows in zip("qkv", value.chunk(3), strict=True)})
         elif name.startswith(("blocks.", "norm.")):
@@ -157,7 +161,22 @@ def canonical_weights(backbone: Backbone, values: Mapping[str, Tensor] | None = 
             f"the backbone must have plain pre-norm blocks to be pruned, got {type(backbone.model).__name__} without"
             f" {', '.join(missing[:4])}; use init='random'"
         )
+    if values is None:
+        _check_chain(found, chain, type(backbone.model).__name__)
     return {k: v for k, v in found.items() if k.rpartition(".")[0] in {n for group in chain for n in group}}
+
+
+def _check_chain(weights: Mapping[str, Tensor], chain: Chain, model: str) -> None:
+    """Raise a ValueError where a layer's columns are not the rows of the one before, as in gated layers."""
+    rows: int | None = None
+    for group in chain:
+        weight = weights[f"{group[0]}.weight"]
+        if rows is not None and (weight.shape[1] if weight.ndim > 1 else len(weight)) != rows:
+            raise ValueError(
+                f"the backbone must have plain feed-forward layers to be pruned, got {model}, where"
+                f" {group[0]!r} does not take the {rows} values of the layer before; use init='random'"
+            )
+        rows = len(weight)
 
 
 def vit_chain(depth: int, final_norm: bool = True) -> list[tuple[str, ...]]:

@@ -42,6 +42,9 @@ def parser() -> ArgumentParser:
     parser.add_argument(
         "--eval-samples", type=int | None, default=None, help="with --eval-every: at most so many samples of a task"
     )
+    parser.add_argument(
+        "--eval-old", type=int | None, default=None, help="at task ends draw so many old tasks, instead of all"
+    )
     parser.add_argument("--keep-checkpoints", action="store_true", help="leave both when the run is finished, not one")
     parser.add_argument("--adapters", action="store_true", help="also write checkpoints/adapters.safetensors")
     parser.add_argument("--drift", action="store_true", help="measure features, calibration and memory at task ends")
@@ -73,6 +76,7 @@ def execute(arguments: Any) -> int:
         eval_every=arguments.eval_every,
         eval_tasks=arguments.eval_tasks,
         eval_samples=arguments.eval_samples,
+        eval_old=arguments.eval_old,
         keep_checkpoints=arguments.keep_checkpoints,
         adapters=arguments.adapters,
     )
