@@ -115,11 +115,17 @@ def finished_result(folder: Path, stream: Any) -> StreamResult | None:
     return result
 
 
-def _inside(every: int | None, tasks: int | None, samples: int | None, seed: int) -> list[Any]:
+def inside_callbacks(every: int | None, tasks: int | None, samples: int | None, seed: int = 0) -> list[Any]:
     """The callback that evaluates inside tasks, when it is asked for.
 
+    Args:
+        every: after so many optimizer steps; None for no such evaluation.
+        tasks: of the old tasks, draw so many each time; None takes all.
+        samples: of each task, at most so many; None takes all.
+        seed: of what is drawn.
+
     Raises:
-        ValueError: for its options without a period.
+        ValueError: for its options without a period, or out of range.
     """
     if every is None:
         given = [name for name, value in (("eval_tasks", tasks), ("eval_samples", samples)) if value is not None]
@@ -218,7 +224,7 @@ def run_benchmark(
     identity = {"method": method, "scenario": scenario, "seed": seed, "order_seed": order_seed}
     recipe_values = {**asdict(recipe), "callbacks": list(recipe.callbacks)}
     config = {**identity, "device": device, "data": dict(data or {}), "recipe": recipe_values}
-    inside = _inside(eval_every, eval_tasks, eval_samples, seed)
+    inside = inside_callbacks(eval_every, eval_tasks, eval_samples, seed)
     if inside:
         config["inside_tasks"] = {"eval_every": eval_every, "eval_tasks": eval_tasks, "eval_samples": eval_samples}
     if eval_old is not None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,53 @@ def test_options_reach_the_run_as_they_are(tmp_path):
     assert "lr=0.001" in words
     assert "lengths={0: 4}" in words
     assert "batch_size=8" in words
+
+
+EXTRA = {"eval_every": 2, "eval_tasks": 2, "eval_samples": 5, "drift": True}
+
+
+def test_the_evaluation_inside_tasks_and_drift_are_part_of_a_job(tmp_path):
+    (job,) = plan(["ovor"], ["split-digits"], 1, **EXTRA)
+    words = job.command(tmp_path / "x")
+    assert [words[words.index(f"--eval-{k}") + 1] for k in ("every", "tasks", "samples")] == ["2", "2", "5"]
+    assert "--drift" in words
+    plain = plan(["ovor"], ["split-digits"], 1)[0].command(tmp_path / "x")
+    assert not [w for w in plain if w.startswith("--eval") or w == "--drift"]
+    with pytest.raises(ValueError, match=r"`eval_every` must be given beside `eval_tasks`"):
+        plan(["ovor"], ["split-digits"], 1, eval_tasks=3)
+    with pytest.raises(ValueError, match=r"must be .*got 0"):
+        plan(["ovor"], ["split-digits"], 1, eval_every=0)
+
+
+@pytest.mark.parametrize("key", list(EXTRA))
+def test_another_evaluation_is_another_job(tmp_path, key):
+    job = Job("nearest-mean", "split-digits", device="cpu")
+    (tmp_path / job.name).mkdir()
+    (tmp_path / job.name / "result.json").write_text(
+        '{"method": "nearest-mean", "scenario": "split-digits", "seed": 0, "order_seed": null}'
+    )
+    assert run_sweep([job], tmp_path).skipped == 1
+    listed = json.loads((tmp_path / "sweep.json").read_text())
+    for entry in listed["jobs"]:  # as a sweep before these settings wrote it
+        for name in EXTRA:
+            del entry["job"][name]
+    (tmp_path / "sweep.json").write_text(json.dumps(listed))
+    assert run_sweep([job], tmp_path).skipped == 1
+    with pytest.raises(ValueError, match=rf"`{key}` must stay as it was for .*use another folder"):
+        run_sweep([replace(job, **{key: EXTRA[key]})], tmp_path)
+
+
+def test_the_command_passes_the_evaluation_and_drift_on(tmp_path, capsys):
+    words = ["sweep", "--methods", "frozen-linear", "--scenarios", "split-digits", "--seeds", "1", "--epochs", "1",
+             "--device", "cpu", "--out", str(tmp_path), "--eval-every", "4", "--eval-samples", "8",
+             "--drift"]  # fmt: skip
+    assert main(words) == 0, capsys.readouterr().err
+    result = json.loads(next(tmp_path.glob("*/result.json")).read_text())
+    assert {row["step"] % 4 for row in result["inside_tasks"]["rows"] if row["step"]} >= {0}
+    assert max(max(row["total"]) for row in result["inside_tasks"]["rows"]) == 8
+    assert result["drift"]
+    assert main(words) == 0  # nothing is repeated
+    assert "[1/1]" not in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_the_command_prints_the_table_and_says_what_failed(tmp_path, capsys):

@@ -30,6 +30,16 @@ def parser() -> ArgumentParser:
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--engine", type=str, default="local", help="local, or ray")
     parser.add_argument("--address", type=str | None, default=None, help="of the Ray cluster; starts one when left out")
+    parser.add_argument(
+        "--eval-every", type=int | None, default=None, help="evaluate inside tasks, too, after so many optimizer steps"
+    )
+    parser.add_argument(
+        "--eval-tasks", type=int | None, default=None, help="with --eval-every: draw so many old tasks, instead of all"
+    )
+    parser.add_argument(
+        "--eval-samples", type=int | None, default=None, help="with --eval-every: at most so many samples of a task"
+    )
+    parser.add_argument("--drift", action="store_true", help="measure features, calibration and memory at task ends")
     parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="of all methods, or METHOD.KEY=VALUE")
     parser.add_argument("--data", action="append", metavar="KEY=VALUE", help="an argument of all the scenarios")
     return parser
@@ -54,6 +64,10 @@ def execute(arguments: Any) -> int:
         device=arguments.device,
         options=pairs(arguments.set, "--set"),
         data=pairs(arguments.data, "--data"),
+        eval_every=arguments.eval_every,
+        eval_tasks=arguments.eval_tasks,
+        eval_samples=arguments.eval_samples,
+        drift=arguments.drift,
     )
     out = Path(arguments.out)
     try:
