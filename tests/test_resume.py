@@ -267,8 +267,9 @@ def test_kill_9_anywhere_changes_nothing(tmp_path, method):
 def test_memory_that_the_system_refuses_is_said_in_words():
     code = (
         "import resource, torch\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))\n"
         "from cl_plugins.failures import what_happened\n"
+        "room = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize() + (1 << 30)\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (room, room))\n"
         "try:\n    torch.ones(1 << 30)\n"
         "except Exception as error:\n    print(what_happened(error))\n"
     )
