@@ -19,7 +19,6 @@ from cl_plugins.scenarios import build_scenario, data_names, load_data, scenario
 from cl_plugins.scenarios.transfer_sets import SETS, load_transfer_set
 from cl_plugins.scenarios.transfer_streams import MTIL_SETS, XTAIL_SETS
 
-
 named = pytest.mark.skipif(
     not getattr(Flowers102, "classes", None), reason="torchvision names the classes of Flowers102 from 0.21 on"
 )
