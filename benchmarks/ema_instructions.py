@@ -2,8 +2,9 @@
 
 Every method sees the same tasks in the same order with the same data, so rows compare by seed. `plain` and `groups`
 come from one training: where every task gets a group of its own and starts from the last weights, groups only decide
-which weights answer. Finished runs are kept in the folder and not
-repeated; a stopped one (SIGTERM) goes on where it was.
+which weights answer. `groups unseen` asks the same models in paraphrases, and `own groups unseen` does so with every
+prompt sent to its own group. Finished runs are kept in the folder and not repeated; a stopped one (SIGTERM) goes on
+where it was.
 
     python benchmarks/ema_instructions.py
     python benchmarks/ema_instructions.py --seeds 0 1 --methods "groups@0.25" "groups@0.25 + released"
@@ -43,18 +44,28 @@ RULES: dict[str, dict[str, Any]] = {
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "mlp.0", "mlp.2"]
 
 
-SHARED = ("plain", "groups")
+SHARED = ("plain", "groups", "groups unseen", "own groups unseen")
 
 
 def routed_result(
-    groups: TaskGroups, module: LanguageModule, stream: InstructionStream, trainer: pl.Trainer
+    groups: TaskGroups, module: LanguageModule, stream: InstructionStream, trainer: pl.Trainer, own: bool = False
 ) -> StreamResult:
-    """What routing answers after each task, from the weights and texts of the groups that were there then."""
+    """What routing answers after each task, from the weights and texts of the groups that were there then.
+
+    With ``own`` every prompt meets its task's own group, whatever its words: what is lost then, the model loses itself.
+    """
+    task_of = {e.input + e.instruction: i for i, t in enumerate(stream.text_tasks) for e in t.test}
+
+    def owner(batch: Any) -> list[int]:
+        return [task_of[i + w] for i, w in zip(batch["inputs"], batch["instructions"], strict=True)]
+
     book, weights, result = groups.groups.groups, groups.weights, StreamResult.for_stream(stream)
     for index in range(len(stream.tasks)):  # every task made one group
         groups.groups.groups, groups.weights = book[: index + 1], weights[: index + 1]
         result.rows.append(
-            evaluate_tasks(module, stream, index, trainer=trainer, predict=groups.routed(stream.predict))
+            evaluate_tasks(
+                module, stream, index, trainer=trainer, predict=groups.routed(stream.predict, owner if own else None)
+            )
         )
     return result
 
@@ -120,9 +131,17 @@ def run(method: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]
     assert groups is not None
     if not all(h["expanded"] for h in groups.groups.history):
         raise RuntimeError("`plain` shares its training with `groups` only where every task has a group of its own")
-    records = {"plain": record, "groups": record_of(routed_result(groups, module, stream, trainer), groups, stream)}
+    reworded = InstructionStream(
+        n_train=a.train, n_test=a.test, test_wordings="unseen", order_seed=seed, data_seed=seed, eval_batch_size=a.test
+    )
+    results = {
+        "groups": routed_result(groups, module, stream, trainer),
+        "groups unseen": routed_result(groups, module, reworded, trainer),
+        "own groups unseen": routed_result(groups, module, reworded, trainer, own=True),
+    }
+    records = {"plain": record, **{name: record_of(r, groups, stream) for name, r in results.items()}}
     for name, values in records.items():
-        (Path(a.out) / f"{settings}_{name}.json").write_text(json.dumps(values))
+        (Path(a.out) / f"{settings}_{name.replace(' ', '')}.json").write_text(json.dumps(values))
     shutil.rmtree(saver.folder)
     return records[method]
 
@@ -144,8 +163,10 @@ def main() -> None:
     arguments = parser.parse_args()
     for method in arguments.methods:
         kind, _, rule = method.partition(" + ")
-        if not (method in RULES or (kind.startswith(("plain", "groups")) and (not rule or rule in RULES))):
-            parser.error(f"`--methods` takes plain, groups, groups + RULE, RULE: {', '.join(RULES)}; got {method!r}")
+        if not (method in (*SHARED, *RULES) or (kind.startswith(("plain", "groups")) and (not rule or rule in RULES))):
+            parser.error(
+                f"`--methods` takes {', '.join(SHARED)}, groups + RULE, RULE: {', '.join(RULES)}; got {method!r}"
+            )
     arguments.out.mkdir(parents=True, exist_ok=True)
     quiet_lightning()
     print("| method | accuracy | forgetting | learning |\n|---|---|---|---|", flush=True)

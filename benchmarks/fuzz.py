@@ -35,10 +35,11 @@ from cl_plugins.adapters.adapter_set import read_adapters
 from cl_plugins.callbacks import LoRA
 from cl_plugins.check import check_report, read_matrix
 from cl_plugins.compare import collect_results, methods_table
+from cl_plugins.plugin import Row
 from cl_plugins.report import render_report
 from cl_plugins.runs import read_run
 from cl_plugins.scenarios.text_data import read_coin, read_jsonl, read_trace
-from cl_plugins.stream_state import KEY, StreamState, random_states
+from cl_plugins.stream_state import KEY, StreamState, random_states, rows_to_state
 
 ROOT = Path(__file__).parent.parent
 HANG_SECONDS = 20
@@ -240,12 +241,22 @@ class _Stream:
     name, tasks, n_classes = "digits", (), 2
 
 
+def _rows(rng: random.Random) -> dict[str, Any]:
+    """Rows of a stream as checkpoints hold them; in every second one a part is something else."""
+    counts, confusion = (3, None), ((2, 1), (0, 0)) if rng.random() < 0.5 else ()
+    rows = rows_to_state([Row(n, counts, (4, None), counts, confusion, 0.5) for n in range(rng.randint(0, 2))])
+    if rng.random() < 0.5:
+        part = rng.choice((rows, rows["confusion"]))
+        part[rng.choice(sorted(part))] = rng.choice((value(rng), torch.zeros(rng.randint(0, 3)), torch.tensor(1)))
+    return rows
+
+
 def _checkpoint(rng: random.Random) -> bytes:
     state: dict[str, Any] = {
         "task": 0,
         "stream": {"name": "digits", "tasks": []},
-        "rows": [],
-        "initial": None,
+        "rows": _rows(rng),
+        "initial": _rows(rng),
         "train_seconds": [],
         "random": random_states(),
     }

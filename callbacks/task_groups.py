@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from cl_plugins.feature_groups import FeatureGroups
 from cl_plugins.instruction_groups import InstructionGroups, Match, task_texts
 from cl_plugins.module_average import ParameterFilter
-from cl_plugins.plugin import ContinualCallback
+from cl_plugins.plugin import ContinualCallback, plugins_of
 from cl_plugins.task import Stream, Task
 
 if TYPE_CHECKING:
@@ -255,6 +255,23 @@ class TaskGroups(ContinualCallback):
                 self.groups.checked(self._texts_of(task))
             except (TypeError, ValueError) as error:
                 raise type(error)(f"task {task.name!r}: {error}") from None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse grown parameters among those of a group, before the first step.
+
+        Raises:
+            RuntimeError: for a method that grows, whose new parameters ``exclude`` and the like do not leave out.
+        """
+        super().on_train_start(trainer, pl_module)
+        chosen = {id(p): name for name, p in self._chosen.of(pl_module).items()}
+        for other in plugins_of(trainer):
+            modules = other.adapter_modules(pl_module).values() if other.grows() else ()
+            grown = next((chosen[id(p)] for m in modules for p in m.parameters() if id(p) in chosen), None)
+            if grown is not None:
+                raise RuntimeError(
+                    f"`exclude` must leave out what {type(other).__name__} adds with each task, got {grown!r} among the"
+                    " weights of a group; an earlier group does not have what is added later"
+                )
 
     def state_dict(self) -> dict[str, Any]:
         """Codebook, weights of the groups and the present decision."""

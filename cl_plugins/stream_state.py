@@ -216,15 +216,22 @@ class StreamState(Callback):
         module.load_state_dict(weights)
 
 
+def _sound(row: Row) -> bool:
+    """Whether a row that was read holds numbers of the right kind."""
+    counts = (c for line in (row.correct, row.total, row.correct_in_task) for c in line)
+    whole = all(c is None or type(c) is int for c in counts) and all(type(c) is int for r in row.confusion for c in r)
+    return whole and type(row.after) is int and isinstance(row.seconds, (int, float))
+
+
 def _check_state(state: Any, path: Path) -> None:
     """Raise a ValueError when a part of the saved state is missing or of another kind."""
     kinds = {"task": int, "stream": dict, "rows": dict, "initial": dict, "train_seconds": list, "random": dict}
     wrong = [k for k, kind in kinds.items() if not isinstance(state, dict) or not isinstance(state.get(k), kind)]
     if not wrong:
         try:
-            for part in ("rows", "initial"):
-                rows_from_state(state[part])
-        except (KeyError, TypeError, AttributeError, ValueError):
+            if not all(_sound(row) for part in ("rows", "initial") for row in rows_from_state(state[part])):
+                wrong = ["rows"]
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError):
             wrong = ["rows"]
     if wrong:
         raise ValueError(

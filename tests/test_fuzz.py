@@ -17,6 +17,8 @@ from cl_plugins._reading import load_tensors, read_json
 from cl_plugins.check import read_matrix
 from cl_plugins.compare import collect_results
 from cl_plugins.runs import read_run
+from cl_plugins.stream_state import KEY, StreamState
+from tests._helpers import tiny_stream
 
 _QUICK = [n for n in TARGETS if n not in ("command line", "config")]
 
@@ -123,3 +125,22 @@ def test_options_in_a_configuration_file_are_checked(tmp_path, capsys):
     path.write_text("method: ovor\nscenario: split-digits\nset: 3\n")
     assert cli.main(["run", "--config", str(path)]) == 1
     assert "`--set` must be a list of KEY=VALUE, got 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["after", "seconds", "counts", "confusion", "labels"])
+@pytest.mark.parametrize("wrong", [torch.tensor(1), None, "x", {"rows": [0], "counts": torch.zeros(2, 1, 1)}], ids=str)
+def test_rows_of_a_checkpoint_that_are_none_are_named(tmp_path, part, wrong):
+    state = StreamState.for_stream(tiny_stream())
+    content = state.state_dict()
+    content["rows"] = {
+        **content["rows"],
+        "after": [0],
+        "seconds": [0.1],
+        "counts": torch.ones(1, 3, 3, dtype=torch.int64),
+    }
+    torch.save({"callbacks": {KEY: content}, "state_dict": {}}, tmp_path / "a.ckpt")
+    assert len(state.read(tmp_path / "a.ckpt")[0]["rows"]["after"]) == 1
+    content["rows"][part] = [wrong]
+    torch.save({"callbacks": {KEY: content}, "state_dict": {}}, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="must hold the whole state of a stream, got one with a damaged `rows`"):
+        state.read(tmp_path / "a.ckpt")

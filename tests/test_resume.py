@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -281,6 +282,30 @@ def test_pieces_of_a_kill_test_add_up():
     both = kill_test._sum(first, second)
     assert both.kills == {"while saving": 2, "at random": 4, kill_test.CACHING: 1}
     assert (both.starts, both.differences) == (9, ["x differs"])
+
+
+@pytest.mark.slow
+def test_a_process_that_is_told_to_end_saves_ends_with_143_and_goes_on(tmp_path, whole):
+    words = ["run", "--method", "finetune", "--scenario", "split-digits", "--epochs", "1", "--device", "cpu", "--quiet"]
+    words += ["--data", "validation_fraction=0.9", "--set", "batch_size=8", "--out", str(tmp_path / "run"), "--resume"]
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from cl_plugins.cli import main; sys.exit(main(sys.argv[1:]))",
+        *words,
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not checkpoint_files(tmp_path / "run" / "checkpoints") and process.poll() is None:
+        time.sleep(0.01)  # the first task is over
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 143, errors
+    assert "told to end by SIGTERM" in errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "run" / "result.json").exists()
+    again = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert again.returncode == 0, again.stderr
+    _same(tmp_path / "run", whole)
 
 
 def test_the_kill_test_covers_every_method_with_evaluations_inside_tasks():
