@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -250,6 +251,7 @@ class ForgettingDashboard(ContinualCallback):
             total=row.total[:count],
             correct_in_task=row.correct_in_task[:count],
             seconds=row.seconds,
+            **({} if row.labels is None else {"labels": asdict(row.labels)}),
         )
         if 1 < len(row.confusion) <= MOST_CONFUSED and row.after >= 0:
             self._write("conf", after=row.after, counts=row.confusion)

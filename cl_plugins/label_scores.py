@@ -90,6 +90,30 @@ class LabelScores:
         return cls(**values)
 
 
+def scores_from_event(value: Any) -> LabelScores | None:
+    """What a run's store holds of an evaluation; None for anything else, as a damaged or foreign line.
+
+    Example:
+        >>> scores_from_event({"classes": [3], "average_precision": [None], "true_positives": [0], "predicted": [2],
+        ...                    "present": [0]}).average_precision
+        (None,)
+        >>> scores_from_event({"classes": [3]}) is None
+        True
+    """
+    if not isinstance(value, dict):
+        return None
+    whole = ("classes", "true_positives", "predicted", "present")
+    lists = [value.get(k) for k in (*whole, "average_precision")]
+    if not all(isinstance(v, list) and len(v) == len(lists[0] or []) for v in lists):
+        return None
+    if any(isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < 2**53 for k in whole for n in value[k]):
+        return None
+    if not all(p is None or (isinstance(p, int | float) and 0 <= p <= 1) for p in value["average_precision"]):
+        return None
+    known = {k: tuple(value[k]) for k in (*whole, "average_precision")}
+    return LabelScores(**known, undefined=str(value.get("undefined") or ""))
+
+
 class SeenLabelScores(Metric):
     """Collects the logits and labels of an evaluation; over processes counts are added and logits gathered.
 

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cl_plugins.inside_tasks import InsideRow
+from cl_plugins.label_scores import LabelScores, scores_from_event
 from cl_plugins.run_writer import SCHEMA, RunWriter, check_run_id, event_files
 
 __all__ = ["SCHEMA", "Run", "RunTask", "RunWriter", "check_run_id", "read_run", "read_runs"]
@@ -69,6 +70,7 @@ class Run:
         plug: events of the methods, the newest for each name and task.
         confusion: true task x predicted task, by row.
         cost: cost events merged by task.
+        labels: mAP, CF1 and OF1 of multi-label evaluations, by row.
         inside: evaluations inside tasks, in order.
         alerts: alert events.
         other: events of kinds this version does not know.
@@ -89,6 +91,7 @@ class Run:
     plug: list[dict[str, Any]] = field(default_factory=list)
     confusion: dict[int, Counts] = field(default_factory=dict)
     cost: dict[int, dict[str, Any]] = field(default_factory=dict)
+    labels: dict[int, LabelScores] = field(default_factory=dict)
     inside: list[InsideRow] = field(default_factory=list)
     alerts: list[dict[str, Any]] = field(default_factory=list)
     other: list[dict[str, Any]] = field(default_factory=list)
@@ -283,6 +286,11 @@ class _Reader:
             if counts is None:
                 run.problems.append(f"the row after task {after} is malformed and left out")
                 continue
+            scores = scores_from_event(row["labels"]) if "labels" in row else None
+            if scores is not None and after >= 0:
+                run.labels[after] = scores
+            elif "labels" in row and scores is None:
+                run.problems.append(f"the label scores after task {after} are malformed and left out")
             line = table[:, after]
             table[:, after] = np.where(counts < 0, line, np.where(line < 0, counts, line + counts))
         run.correct, run.total, run.correct_in_task = table[0, :height], table[1, :height], table[2, :height]

@@ -24,7 +24,9 @@ from cl_plugins.comparison import MEASURES
 from cl_plugins.evaluation import evaluate_tasks
 from cl_plugins.label_scores import SeenLabelScores
 from cl_plugins.plugin import Row
+from cl_plugins.report._numbers import headline, measures_of
 from cl_plugins.result import StreamResult
+from cl_plugins.runs import RunWriter, read_run
 from cl_plugins.scenarios import MultiLabel
 from cl_plugins.stream_state import rows_from_state, rows_to_state
 from cl_plugins.task import Task
@@ -171,6 +173,14 @@ def test_bench_records_and_prints_them(tmp_path):
         right, named, there = (sum(row[k]) for k in ("true_positives", "predicted", "present"))
         assert row["of1"] == pytest.approx(2 * right / (named + there))
     assert {"map", "average_map", "cf1", "of1"} <= set(saved["definitions"])
+    run = read_run(tmp_path)  # the store and its page have the same numbers
+    assert run.labels == {row.after: row.labels for row in result.rows}
+    shown = measures_of(run)
+    assert {k: shown[k] for k in ("map", "average_map", "cf1", "of1")} == pytest.approx(result.label_scores)
+    page = (tmp_path / "report.html").read_text()
+    assert "mAP of seen classes (last row)" in page
+    assert "count labels, not images" in page
+    assert headline([run])[0] == "map"
     text = summary_table(result)
     for line in (f"after T1    {rows[1]['map']:9.4f}{rows[1]['cf1']:9.4f}", f"{saved['map']:.4f}", "CF1 (last row)"):
         assert line in text
@@ -213,3 +223,16 @@ def test_processes_with_unequal_shares_equal_one(tmp_path):
     assert [text for text, _ in found] == [repr(metric.scores())] * 3
     assert found[2][1] == 0
     assert found[0][1] + found[1][1] == sum(metric.scores().present)
+
+
+def test_malformed_scores_in_a_store_are_left_out_and_named(tmp_path):
+    good = {"classes": [0], "average_precision": [0.5], "true_positives": [1], "predicted": [2], "present": [1]}
+    bad = [{**good, "present": [-1]}, {**good, "present": [1, 2]}, {**good, "average_precision": [2.0]}, [1], None]
+    with RunWriter(tmp_path, "run") as writer:
+        for after, labels in enumerate([good, *bad]):
+            writer.write("row", after=after, correct=[1], total=[2], labels=labels)
+    run = read_run(tmp_path / "run")
+    assert list(run.labels) == [0]
+    assert run.labels[0].map == 0.5
+    assert sum("label scores after task" in p for p in run.problems) == len(bad)
+    assert all(np.isnan(measures_of(run)[k]) for k in ("map", "cf1"))  # not of the one row that could be read

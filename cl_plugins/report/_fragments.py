@@ -12,7 +12,7 @@ from cl_plugins.runs import Run
 from cl_plugins.stats import variance_parts
 
 from ._numbers import (
-    MEASURES,
+    ALL_MEASURES,
     UNDEFINED,
     Group,
     class_order,
@@ -41,7 +41,7 @@ def run_labels(runs: Sequence[Run]) -> list[str]:
 
 
 def _tile(measure: str, shown: str, note: str) -> str:
-    entry = MEASURES[measure]
+    entry = ALL_MEASURES[measure]
     title, _, variant = entry.name.partition(" (")
     variant = f"({variant}" if variant else ""
     undefined = shown == UNDEFINED
@@ -63,7 +63,7 @@ def tiles(
         entries = []
         shown = [runs[index]] if selection[0] == "r" else [runs[i] for i in groups[index].members]
         for measure in headline(shown):
-            better = f"{MEASURES[measure].better} is better"
+            better = f"{ALL_MEASURES[measure].better} is better"
             if selection[0] == "r":
                 entries.append(_tile(measure, number(values[index][measure]), better))
                 continue
@@ -183,7 +183,7 @@ def definitions() -> str:
     return "".join(
         f"<dt>{text(m.name)}</dt><dd>{text(m.definition)}. {text(m.better.capitalize())} is better."
         f" Undefined when {text(m.undefined)}.</dd>"
-        for m in MEASURES.values()
+        for m in ALL_MEASURES.values()
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cl_plugins import functional
 from cl_plugins.comparison import compare_methods
+from cl_plugins.label_scores import LABEL_SCORES, LabelScores
 from cl_plugins.runs import Run
 from cl_plugins.stats import SeedSummary, summarize_seeds
 
@@ -117,6 +118,23 @@ MEASURES: dict[str, Measure] = {
         functional.average_accuracy,
     ),
 }
+
+
+def _label_measure(name: str, definition: str, compute: Callable[[Sequence[LabelScores]], float]) -> Measure:
+    why = "the stream has one label a sample, no seen class occurs, or the scores are not numbers"
+    return Measure(name, "higher", definition, why, lambda rows: torch.tensor(compute(rows), dtype=torch.float64))
+
+
+LABEL_MEASURES: dict[str, Measure] = {
+    "map": _label_measure("mAP of seen classes (last row)", LABEL_SCORES["map"], lambda rows: rows[-1].map),
+    "average_map": _label_measure(
+        "mAP (mean over rows)", LABEL_SCORES["average_map"], lambda rows: sum(r.map for r in rows) / len(rows)
+    ),
+    "cf1": _label_measure("CF1 (last row)", LABEL_SCORES["cf1"], lambda rows: rows[-1].cf1),
+    "of1": _label_measure("OF1 (last row)", LABEL_SCORES["of1"], lambda rows: rows[-1].of1),
+}
+"""Those of streams with several labels a sample, from the scores of each row."""
+ALL_MEASURES = {**LABEL_MEASURES, **MEASURES}
 HEADLINE = (*list(MEASURES)[:5], "worst_task_accuracy")
 _DOMAINS = ("average_accuracy", "transfer", "average_all_cells", "forgetting", "learning_accuracy")
 _TASK_KNOWN = ("average_accuracy_task_known",)
@@ -129,6 +147,8 @@ def _says(run: Run, name: str) -> bool:
 
 def headline(runs: Sequence[Run]) -> tuple[str, ...]:
     """Measures that stand at the top: multi-domain streams have Transfer and Average, others the worst task."""
+    if runs and all(run.labels for run in runs):
+        return (*LABEL_MEASURES, "average_accuracy", "forgetting")
     of_domains = bool(runs) and all(_says(run, "open_vocabulary") for run in runs)
     known = bool(runs) and all(_says(run, "task_known") for run in runs)
     return (_TASK_KNOWN if known else ()) + (_DOMAINS if of_domains else HEADLINE)
@@ -170,7 +190,7 @@ def measures_of(run: Run) -> dict[str, float]:
     Streams of domains with label sets of their own (MTIL) choose among the task's own classes for Transfer and Average.
     """
     if run.accuracy_matrix.shape[0] == 0:
-        return dict.fromkeys(MEASURES, math.nan)
+        return dict.fromkeys(ALL_MEASURES, math.nan)
     plain = run.accuracy_matrix, run.initial_accuracy
     known = run.accuracy_matrix_task_known, run.initial_accuracy_task_known
     own_labels = _says(run, "open_vocabulary") and _says(run, "task_known")
@@ -179,6 +199,9 @@ def measures_of(run: Run) -> dict[str, float]:
         in_task = name in _TASK_KNOWN or (own_labels and name in ("transfer", "average_all_cells"))
         matrix, initial = known if in_task else plain
         values[name] = float(measure.compute(matrix, learned_at=learned_rows(run), initial=initial))
+    rows = [run.labels[after] for after in sorted(run.labels)]
+    whole = len(rows) == run.accuracy_matrix.shape[0]  # a row without scores leaves them undefined
+    values |= {name: float(m.compute(rows)) if whole else math.nan for name, m in LABEL_MEASURES.items()}
     return values
 
 
@@ -352,6 +375,11 @@ def warnings_of(runs: Sequence[Run], groups: Sequence[Group]) -> list[str]:
         if few and len(runs) > 1:
             notes.append(f"Fewer than 3 runs, so no interval{where}: {', '.join(few)}.")
         members = [runs[i] for g in of_scenario for i in g.members]
+        if any(run.labels for run in members):
+            notes.append(
+                f"Accuracies{where} count labels, not images: an image with k labels of seen classes gets k guesses,"
+                " its k highest scores. Forgetting, the matrix and ranks follow them; mAP, CF1 and OF1 count otherwise."
+            )
         lengths = {int(run.correct.shape[0]) for run in members if not is_reference(run)}
         if len(lengths) > 1:
             notes.append(f"The runs{where} stand at different tasks: {', '.join(map(str, sorted(lengths)))} are done.")

@@ -19,7 +19,7 @@ from cl_plugins.runs import Counts, Run
 
 from ._drift import PREFIX, drift_payload
 from ._inside import inside_payload
-from ._numbers import Group, TaskNumbers, band_of, class_order, steps_of, task_numbers
+from ._numbers import MEASURES, Group, TaskNumbers, band_of, class_order, steps_of, task_numbers
 
 _MOST_POINTS = 400
 _MOST_PANELS = 24
@@ -31,6 +31,10 @@ _TEXT_KEYS = ("name", "task", "unit", "rows", "columns", "x_title", "y_title", "
 def finite(values: Sequence[float]) -> list[float | None]:
     """Floats for JSON; undefined is null."""
     return [v if math.isfinite(v) else None for v in values]
+
+
+def _known(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _packed(values: Counts) -> dict[str, Any]:
@@ -207,7 +211,7 @@ def payload(
                 "steps": steps_of(run),
                 "learnedAt": run.learned_at,
                 "cells": _cells(run),
-                "measures": {k: (v if math.isfinite(v) else None) for k, v in values[index].items()},
+                "measures": {k: _known(values[index][k]) for k in MEASURES},
                 "order": orders[index],
                 **_numbers(numbers[index]),
                 "cost": _cost(run),

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 from cl_plugins.runs import Run
 
-from ._numbers import MEASURES, UNDEFINED, Group, cost_of, mean_ranks, number, quantity, summarize
+from ._numbers import ALL_MEASURES, LABEL_MEASURES, UNDEFINED, Group, cost_of, mean_ranks, number, quantity, summarize
 
 COLUMNS = (
+    *LABEL_MEASURES,
     "average_accuracy",
     "average_incremental_accuracy",
     "learning_accuracy",
@@ -22,7 +23,7 @@ COLUMNS = (
     "transfer",
     "average_all_cells",
 )
-OPTIONAL = ("forward_transfer", "transfer", "average_all_cells")
+OPTIONAL = (*LABEL_MEASURES, "forward_transfer", "transfer", "average_all_cells")
 """Left out where no run has them, as in streams that are evaluated on learned tasks alone."""
 _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
     "~": r"\textasciitilde{}",
@@ -53,7 +54,7 @@ def table_lines(runs: Sequence[Run], groups: Sequence[Group], values: Sequence[d
     """Heading and one line a method, as text cells."""
     ranks = mean_ranks(runs, values)
     columns = [c for c in COLUMNS if c not in OPTIONAL or any(math.isfinite(v[c]) for v in values)]
-    heading = ["method", "scenario", "n", *(MEASURES[c].name for c in columns), "mean rank (Borda)"]
+    heading = ["method", "scenario", "n", *(ALL_MEASURES[c].name for c in columns), "mean rank (Borda)"]
     lines = [[*heading, "training seconds (mean)", "trainable parameters (max over tasks)"]]
     for group in groups:
         costs = [cost_of(runs[i]) for i in group.members]
