@@ -364,3 +364,23 @@ def test_a_run_that_is_killed_while_it_fills_a_cache_goes_on(tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_a_head_epoch_goes_on_after_a_second_stop(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from cl_plugins import kill_test as k\n"
+        "from cl_plugins.callbacks import ForgettingTracker as T\n"
+        "root = Path(sys.argv[1])\n"
+        "k.aim = lambda name, count: k._kill_at(count, (T, name))\n"
+        "assert k._wait(k._start('ovor', root / 'a')) == 0\n"
+        "assert k._wait(k._start('ovor', root / 'b', 'on_train_epoch_end', 2)) == -9\n"  # behind task 0's last step
+        "assert k._wait(k._start('ovor', root / 'b', 'on_before_backward', 7)) == -9\n"  # in task 1's head epoch
+        "assert k._wait(k._start('ovor', root / 'b')) == 0\n"
+        "found = k.differences(root / 'b', root / 'a'); assert not found, found\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
