@@ -278,7 +278,7 @@ def fuzz_checkpoint(rng: random.Random, folder: Path) -> None:
     state = StreamState()
     from cl_plugins.result import StreamResult
 
-    state.begin(_Stream(), StreamResult([]))  # type: ignore[arg-type]
+    state.begin(_Stream(), StreamResult([]))
     saved, _ = state.read(path)
     assert isinstance(saved["task"], int)
     assert isinstance(saved["rows"], dict)

@@ -75,7 +75,7 @@ def train(
         trainer = pl.Trainer(
             accelerator=accelerator,
             devices=1,
-            precision=precision,  # type: ignore[arg-type]
+            precision=precision,
             max_epochs=2,
             logger=False,
             enable_checkpointing=False,

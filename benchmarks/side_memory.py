@@ -159,7 +159,7 @@ def steps(size: str, batch: int, rounds: int, device: str) -> dict[str, float]:
             stream = _Stream(2 * batch, batch)
             loader = stream.train_dataloader()
             if cached:
-                source = CacheFeatures(progress=False).open(model, stream)  # type: ignore[arg-type]
+                source = CacheFeatures(progress=False).open(model, stream)
                 loader = source.train_dataloader()
                 model.train()
 

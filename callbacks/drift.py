@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_plugins import functional
+from cl_plugins._lightning import callbacks_of
 from cl_plugins.backbones import find_backbone
 from cl_plugins.drift import DriftRow, recency_of_row, size_by_kind
 from cl_plugins.evaluation import (
@@ -197,9 +198,8 @@ class DriftTracker(ContinualCallback):
 
     def _predict(self, trainer: pl.Trainer, stream: Stream) -> Predict:
         """How the stream's own evaluation predicts."""
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         own: Predict = getattr(stream, "predict", default_predict)
-        told = next((c.predict for c in callbacks if isinstance(c, StreamState)), None)
+        told = next((c.predict for c in callbacks_of(trainer) if isinstance(c, StreamState)), None)
         predict = own if told is None else told
         if predict == own:
             for plugin in plugins_of(trainer):

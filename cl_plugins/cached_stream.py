@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from cl_plugins._cache_inputs import fingerprint, in_order
+from cl_plugins._cache_inputs import count_samples, fingerprint, in_order
 from cl_plugins.adapters.side_bank import SideBank
 from cl_plugins.attach import plugin_modules
 from cl_plugins.backbones import Backbone
@@ -255,7 +255,7 @@ class CachedStream:
         entry = self.cache.open(key)
         if entry is None:
             batches = self._compute(in_order(images, view))
-            entry = self.cache.fill(key, batches, len(images.dataset))  # type: ignore[arg-type]
+            entry = self.cache.fill(key, batches, count_samples(images))
         return entry
 
     def _arrays(self) -> tuple[str, ...]:
