@@ -23,6 +23,7 @@ from cl_plugins.callbacks import (
 )
 from cl_plugins.feature_cache import FeatureCache
 from tests._helpers import PlainModule, quiet_trainer, tiny_stream, tiny_vit
+from tests._side import PYRAMID
 
 # streams
 
@@ -39,7 +40,6 @@ class CountingVit(PlainModule):
         self.images += len(output)
 
 
-PYRAMID = {"widths": (8, 8, 8, 16), "heads": (1, 2, 2, 2)}
 METHODS = {
     "lst": lambda: LadderSideTuning(reduction=2),
     "lst-per-task": lambda: LadderSideTuning(reduction=2, regime="per_task"),
