@@ -138,7 +138,7 @@ def table(chosen: Sequence[str]) -> str:
         for option in OPTIONS:
             try:
                 cells.append(check(name, option))
-            except Exception as error:
+            except Exception as error:  # a cell of the table says so
                 cells.append(f"FAILED {type(error).__name__}: {str(error)[:200]}")
             print(f"{name:28}{option:16}{cells[-1]}", file=sys.stderr, flush=True)
         lines.append(f"| **{name}** | " + " | ".join(cells) + " |")

@@ -118,7 +118,7 @@ def publish(folder: str | Path, task: int, step: int, write: Callable[[Path], No
         sums.write_text(f"{sha256(temporary)}  {path.name}\n", encoding="ascii")
         _sync(sums)
         temporary.replace(path)
-    except BaseException:
+    except BaseException:  # Ctrl-C as well leaves nothing half-written
         temporary.unlink(missing_ok=True)
         if not path.exists():
             sums.unlink(missing_ok=True)

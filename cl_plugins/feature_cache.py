@@ -288,7 +288,7 @@ class FeatureCache:
                 raise ValueError(f"`batches` must hold {n} rows for {key.split!r}, got {done}")
             if isinstance(writer, EntryFile):
                 writer.finish(asdict(key), torch.cat(labels))
-        except BaseException:
+        except BaseException:  # Ctrl-C as well, and whatever computes the batches
             if writer is not None:
                 writer.abort()
             raise
