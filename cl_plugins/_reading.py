@@ -49,7 +49,7 @@ def load_tensors(path: Path) -> Any:
         raise FileNotFoundError(f"there must be a file {str(path)!r}, got none")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes raise a dozen types, OSError and MemoryError too
+    except Exception as error:  # damaged bytes raise a dozen types, OSError among them
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
         raise ValueError(
             f"{str(path)!r} must be a whole checkpoint of tensors and plain values, got one that is damaged or holds"
