@@ -8,7 +8,8 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from cl_plugins import Task, fit_stream
-from cl_plugins.cached_stream import CachedRows, CachedStream, uncached
+from cl_plugins.cached_rows import CachedRows, uncached
+from cl_plugins.cached_stream import CachedStream
 from cl_plugins.callbacks import (
     CacheFeatures,
     FrozenBackbone,
