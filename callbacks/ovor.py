@@ -94,7 +94,6 @@ class OVOR(OnePrompt):
         self._in_head_epoch = False
         self._features: list[Tensor] = []
         self._labels: list[Tensor] = []
-        self._restored = False
         self._rates: list[Any] = []
         self._history: dict[int, list[tuple[int, HeadPhase]]] = {}
 
@@ -192,8 +191,7 @@ class OVOR(OnePrompt):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Turn to the head phase when its first epoch begins."""
-        if not self._restored:  # Lightning also calls this inside an epoch, when a resumed run was stopped once more
-            self._forget(pl_module)
+        self._forget(pl_module)
         self._set_mode(pl_module, trainer.current_epoch >= self._first_head_epoch)
 
     def on_train_batch_start(
@@ -273,7 +271,6 @@ class OVOR(OnePrompt):
         }
         if "features" in state_dict:
             self._features, self._labels = [state_dict["features"]], [state_dict["labels"]]
-        self._restored = "features" in state_dict
 
     def _tap(self, module: nn.Module) -> FeatureTap:
         tap = plugin_modules(module)["feature_tap"]
@@ -284,7 +281,7 @@ class OVOR(OnePrompt):
         self._in_head_epoch = self._tap(module).on = self.prompt(module).frozen = head_epoch
 
     def _forget(self, module: nn.Module) -> None:
-        self._features, self._labels, self._restored = [], [], False
+        self._features, self._labels = [], []
         self._tap(module).clear()
 
 

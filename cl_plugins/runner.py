@@ -145,10 +145,23 @@ def start_task(trainer: pl.Trainer, module: pl.LightningModule, stream: Stream, 
     _refuse_strategy(trainer)
     check_composition(plugins_of(trainer), module)
     stream.task = index
-    trainer.fit_loop.epoch_progress.reset()  # without it a second fit does nothing, silently
+    _begin_anew(trainer)
     with task_seed(seed, index):
         for plugin in plugins_of(trainer):
             plugin.on_task_start(trainer, module, stream.tasks[index])
+
+
+def _begin_anew(trainer: pl.Trainer) -> None:
+    """The Trainer's loops as before a first fit; its optimizer steps go on counting."""
+    epochs, batches = trainer.fit_loop, trainer.fit_loop.epoch_loop
+    epochs.epoch_progress.reset()  # without it a second fit does nothing, silently
+    if batches.restarting:
+        # a checkpoint of Lightning's own from behind the last step: its fit ended before it could count that step
+        batches.batch_progress.total.completed = batches.batch_progress.total.ready
+        batches._batches_that_stepped += 1
+    epochs.restarting = False
+    for loop in (epochs, batches, batches.val_loop):
+        loop.on_iteration_done()
 
 
 def end_task(

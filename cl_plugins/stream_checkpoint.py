@@ -42,8 +42,9 @@ class StreamCheckpoint(Checkpoint):
     """Saves everything that a stream needs to go on as if it had never been stopped.
 
     WHEN: at the end of each task, behind its evaluation, so that nothing is evaluated twice; inside a task every so
-    many optimizer steps or minutes; and once when SIGTERM arrives, as from Slurm or a spot instance: then the process
-    ends with status 143. A SIGTERM behind the last batch of a task waits for the end of the task's evaluation. Resume
+    many optimizer steps or minutes, behind all that callbacks and module do at the end of the batch; and once when
+    SIGTERM arrives, as from Slurm or a spot instance: then the process ends with status 143. What falls on an epoch's
+    last step waits until the next epoch begins, behind the validation, or until the task's evaluation is done. Resume
     with ``fit_stream(..., ckpt_path="last")``.
 
     Args:
@@ -90,6 +91,7 @@ class StreamCheckpoint(Checkpoint):
         self.last: Path | None = None
         """The file that was written last by this object."""
         self._told_to_stop = False
+        self._waiting = False
         self._step = 0
         self._saved_at = time.monotonic()
 
@@ -143,7 +145,7 @@ class StreamCheckpoint(Checkpoint):
         """Take the signal over from Lightning, which would end training without saving."""
         if self.adapters:
             check_owned(pl_module, plugins_of(trainer))
-        self._step = trainer.global_step
+        self._step, self._waiting = trainer.global_step, False
         if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) != self._handler:
             signal.signal(signal.SIGTERM, self._handler)
 
@@ -160,8 +162,34 @@ class StreamCheckpoint(Checkpoint):
             late = time.monotonic() - self._saved_at >= 60 * self.every_n_minutes
             due = due or bool(trainer.strategy.broadcast(late))
         stop = self._must_stop(trainer)
-        if due or stop:
-            self.save_inside(trainer)
+        if not (due or stop):
+            return
+        if trainer.is_last_batch or trainer.should_stop:
+            self._waiting = True  # resumed from here, Lightning would leave out what belongs to the epoch's end
+        else:
+            _behind_the_module(pl_module, lambda: self._save(trainer, stop))
+
+    def save_before_epoch(self, trainer: pl.Trainer) -> None:
+        """Save what waits, before anything has been told that an epoch begins; StreamState calls it, on every process.
+
+        Epoch 0 has nothing to save: the task before is saved behind its evaluation.
+        """
+        stop = trainer.current_epoch > 0 and self._must_stop(trainer)
+        if not (self._waiting or stop):
+            return
+        self._waiting = False
+        progress = trainer.fit_loop.epoch_progress
+        counts = (progress.total, progress.current)
+        for count in counts:
+            count.ready -= 1  # Lightning has counted the epoch already; a resumed run counts it itself
+        try:
+            self._save(trainer, stop)
+        finally:
+            for count in counts:
+                count.ready += 1
+
+    def _save(self, trainer: pl.Trainer, stop: bool) -> None:
+        self.save_inside(trainer)
         if stop:
             self._stop(int(getattr(trainer.datamodule, "task", 0)))  # type: ignore[attr-defined]
 
@@ -195,6 +223,18 @@ class StreamCheckpoint(Checkpoint):
         trainer.strategy.barrier()
         if task < len(stream.tasks) and self._must_stop(trainer):
             self._stop(task)
+
+
+def _behind_the_module(module: pl.LightningModule, save: Callable[[], None]) -> None:
+    """Save behind the module's own ``on_train_batch_end``, once: Lightning calls it last, by its name."""
+    own = module.on_train_batch_end
+
+    def then_save(*arguments: Any) -> None:
+        del module.__dict__["on_train_batch_end"]
+        own(*arguments)
+        save()
+
+    module.__dict__["on_train_batch_end"] = then_save
 
 
 def between_tasks(trainer: pl.Trainer, module: pl.LightningModule, stream: Stream) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from cl_plugins.evaluation import Predict
 from cl_plugins.label_scores import LabelScores
 from cl_plugins.plugin import Row
 from cl_plugins.result import StreamResult
+from cl_plugins.stream_checkpoint import StreamCheckpoint
 from cl_plugins.task import Stream
 
 if TYPE_CHECKING:
@@ -181,6 +182,12 @@ class StreamState(Callback):
             # resumed behind an epoch's last step: Lightning would not count the epoch that begins now, and a second
             # resume would train it twice
             loop.reset_restart_stage()
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let the savers write what waited for the end of the epoch before, ahead of every other callback."""
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, StreamCheckpoint):
+                callback.save_before_epoch(trainer)
 
     def restore_random_states(self) -> None:
         """Go on with the loaded random numbers now, not when training starts."""
