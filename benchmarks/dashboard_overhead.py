@@ -1,6 +1,6 @@
 """What ForgettingTracker, ForgettingDashboard and its run store cost, as a share of training a tiny ViT.
 
-Every hook of both callbacks is timed inside one ordinary run of ``fit_stream`` at default settings, so nothing else is
+Every hook of both callbacks is timed inside one ordinary run of ``fit_stream`` at default settings, so nothing else
 is in the figure: hooks of training batches as a share of the time in ``fit``, and hooks at the ends of tasks (rows,
 events, the report) per task.
 
@@ -11,14 +11,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks._common import QUIET
 from cl_plugins import fit_stream
 from cl_plugins.backbones import create_backbone
 from cl_plugins.benchmark import quiet_lightning
@@ -66,11 +70,8 @@ def main() -> None:
         trainer = pl.Trainer(
             accelerator="cpu",
             max_epochs=options.epochs,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
             callbacks=callbacks,
+            **QUIET,
         )
         result = fit_stream(trainer, module, stream)
     training = sum(result.train_seconds)

@@ -29,6 +29,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks._common import QUIET
 from benchmarks.composition import Module, images, make, names
 from cl_plugins import fit_stream
 from cl_plugins.benchmark import quiet_lightning
@@ -62,12 +63,15 @@ def train(team: Sequence[str], folder: Path, **trainer_options: Any) -> dict[str
     module = Module().double()  # what runs before the first fit, such as a distillation, must not round either
     trainer = pl.Trainer(
         **{
-            "accelerator": "cpu", "max_epochs": 2, "logger": False, "enable_checkpointing": False,
-            "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0,
-            "precision": "64-true", **trainer_options,
+            "accelerator": "cpu",
+            "max_epochs": 2,
+            "num_sanity_val_steps": 0,
+            "precision": "64-true",
+            **QUIET,
+            **trainer_options,
         },
         callbacks=[make(n, folder) for n in team],
-    )  # fmt: skip
+    )
     share = BATCH // trainer.world_size
     data = ClassIncremental(images(8, 0), test=_uneven(), n_tasks=2, batch_size=share, eval_batch_size=3)
     result = fit_stream(trainer, module, data)
@@ -190,5 +194,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent.parent))
     main()

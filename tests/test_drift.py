@@ -19,7 +19,7 @@ from cl_plugins.drift import DriftRow, recency_of_row, size_by_kind
 from cl_plugins.plugin import Row
 from cl_plugins.runs import read_run
 from cl_plugins.scenarios import DomainIncremental
-from tests._helpers import PlainModule, image_data, quiet_trainer, tiny_stream
+from tests._helpers import PlainModule, StopAtTask, image_data, quiet_trainer, tiny_stream
 
 
 def _rank(features):
@@ -206,13 +206,6 @@ def test_every_second_task_and_batches_of_the_user():
 def test_a_resumed_stream_goes_on_with_the_same_measurements(tmp_path):
     from cl_plugins.callbacks import StreamCheckpoint
 
-    class Stop(ContinualCallback):
-        training = "neutral"
-
-        def start_task(self, module, task):
-            if task.index == 2:
-                raise KeyboardInterrupt
-
     def run(*more, ckpt_path=None):
         callbacks = [DriftTracker(probe=24), StreamCheckpoint(tmp_path), *more]
         trainer = quiet_trainer(callbacks=callbacks, max_epochs=1, enable_checkpointing=True)
@@ -221,7 +214,7 @@ def test_a_resumed_stream_goes_on_with_the_same_measurements(tmp_path):
             return fit_stream(trainer, PlainModule(), tiny_stream(), ckpt_path)
 
     with pytest.raises(KeyboardInterrupt):
-        run(Stop())
+        run(StopAtTask(2))
     assert run(ckpt_path="last").drift == _run(DriftTracker(probe=24))[0].drift
 
 

@@ -12,7 +12,7 @@ from cl_plugins.callbacks import ForgettingTracker, FrozenBackbone, MaskedHead
 from cl_plugins.evaluation import evaluate_tasks
 from cl_plugins.plugin import Row
 from cl_plugins.result import StreamResult
-from tests._helpers import PlainModule, image_data, quiet_trainer, tiny_stream
+from tests._helpers import PlainModule, StopAt, image_data, quiet_trainer, tiny_stream
 
 
 class Recorder(ContinualCallback):
@@ -137,17 +137,6 @@ def test_model_checkpoint_starts_anew_with_each_task(tmp_path):
     trainer = quiet_trainer(callbacks=[checkpoint], enable_checkpointing=True)
     fit_stream(trainer, Counting(), tiny_stream(validation_fraction=0.25))
     assert len(list(tmp_path.glob("*.ckpt"))) >= 2  # a later task's best does not have to beat the first task's
-
-
-class StopAt(pl.Callback):
-    """Ends the process's work at a step, as a crash would."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if trainer.global_step == self.step:
-            raise RuntimeError("power failure")
 
 
 @pytest.mark.parametrize("step", [3, 8, 11, 20])
