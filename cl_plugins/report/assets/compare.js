@@ -57,8 +57,10 @@ const plane = {
     const [x0, x1] = fit([...runs.x, ...tasks.x]), [y0, y1] = fit([...runs.y, ...tasks.y]);
     range(plot, x0, x1, y0, y1);
     fill(plot, "diagonal", { x0: [-1], y0: [-1], x1: [2], y1: [2] });
+    plot.below[0].axis_label = `plasticity: ${words(v).cell} when learned`;
+    plot.left[0].axis_label = `stability: ${words(v).cell} now`;
     empty("plane", this.points.length ? "" : "nothing was evaluated yet");
-    byId("plane-about").textContent = "Small dots are tasks of what is shown above, large marks are runs. Below the dashed line accuracy was lost since learning. Dotted: no run is both more plastic and more stable.";
+    byId("plane-about").textContent = `Small dots are tasks of what is shown above, large marks are runs. Below the dashed line ${words(v).cell} was lost since learning. Dotted: no run is both more plastic and more stable.`;
     groupKey(byId("plane-key"));
   },
   near(x, y) {
@@ -75,10 +77,10 @@ const plane = {
     if (!p) return leave();
     if (p.run !== undefined) {
       const r = PAGE.runs[p.run];
-      return tip(`${PAGE.groups[r.group].label}, ${r.label}`, [["learning accuracy", fmt(p.x)], ["stability (old tasks)", fmt(p.y)]]);
+      return tip(`${PAGE.groups[r.group].label}, ${r.label}`, [[words(r).learning, fmt(p.x)], [r.multiLabel ? "stability of label accuracy (old tasks)" : "stability (old tasks)", fmt(p.y)]]);
     }
     focus(p.task, v.rows - 1);
-    return tip(taskName(v, p.task), [["accuracy when learned", fmt(p.x)], ["accuracy now", fmt(p.y)]]);
+    return tip(taskName(v, p.task), [[`${words(v).cell} when learned`, fmt(p.x)], [`${words(v).cell} now`, fmt(p.y)]]);
   },
   mark(j) {
     const p = (this.points ?? []).find((q) => q.task === j);
@@ -113,6 +115,7 @@ const cost = {
     fill(plot, "front", front.length > 1 ? { x: front.map((p) => p.x), y: front.map((p) => p.y) } : { x: [], y: [] });
     const top = Math.max(...this.points.map((p) => p.x), 0) || 1, [y0, y1] = fit(this.points.map((p) => p.y));
     range(plot, -0.03 * top, top * 1.06, y0, y1);
+    plot.left[0].axis_label = words(v).row;
     empty("cost", this.points.length ? "" : "no training time was recorded");
     groupKey(byId("cost-key"));
   },
@@ -126,7 +129,7 @@ const cost = {
     if (!best) return leave();
     const r = PAGE.runs[best.run];
     if (view().members.includes(best.run)) focus(best.row, best.row);
-    return tip(`${PAGE.groups[r.group].label}, ${r.label}`, [["after task", String(best.row)], ["training seconds", amount(best.x)], ["average accuracy (row)", fmt(best.y)]]);
+    return tip(`${PAGE.groups[r.group].label}, ${r.label}`, [["after task", String(best.row)], ["training seconds", amount(best.x)], [words(r).row, fmt(best.y)]]);
   },
   mark(j) {
     const own = new Set(view().members), points = (this.points ?? []).filter((p) => p.row === j && own.has(p.run));

@@ -99,7 +99,7 @@ function view(selection = state.selection) {
     return own.size === 1 ? lists[0][j] ?? `task ${j}` : `task ${j} (differs between runs)`;
   });
   const shown = {
-    selection, members, runs, rows, tasks, steps: Math.max(...runs.map((r) => r.steps)), accuracy, sd, names, learnedAt: runs[0].learnedAt,
+    selection, members, runs, rows, tasks, multiLabel: runs[0].multiLabel, steps: Math.max(...runs.map((r) => r.steps)), accuracy, sd, names, learnedAt: runs[0].learnedAt,
     label: selection[0] === "g" ? `${PAGE.groups[index].label}, mean of ${runs.length} runs` : `${PAGE.groups[runs[0].group].label}, ${runs[0].label}`,
   };
   for (const key of ["learned", "final", "forgotten", "waterfall", "curve", "before", "initial"]) shown[key] = runs.length === 1 ? runs[0][key] : meanLists(runs.map((r) => r[key]));
@@ -108,6 +108,24 @@ function view(selection = state.selection) {
   for (const key of Object.keys(runs[0].measures)) shown.measures[key] = mean(runs.map((r) => r.measures[key]));
   views.set(selection, shown);
   return shown;
+}
+
+/* What is counted and what ranks: with several labels a sample the counts are of labels, and mAP ranks. */
+const ONE_LABEL = { cell: "accuracy", learning: "learning accuracy", average: "average accuracy (last row)", forgetting: "forgetting (peak since learned)", transfer: "Transfer (before learning, column first)", forward: "forward transfer (before learning - initial row)", best: "average_accuracy", last: "average accuracy (last row)", row: "average accuracy (row)" };
+const MANY_LABELS = { cell: "label accuracy", learning: "learning label accuracy", average: "average label accuracy (last row)", forgetting: "forgetting of label accuracy (peak since learned)", transfer: "Transfer of label accuracy (before learning, column first)", forward: "forward transfer of label accuracy (before learning - initial row)", best: "map", last: "mAP of seen classes (last row)", row: "mAP of seen classes (row)" };
+const words = (v) => (v.multiLabel ? MANY_LABELS : ONE_LABEL);
+
+/* Headings and labels of the page's own text, by `data-labels` where samples have several labels. */
+function speak() {
+  const many = view().multiLabel;
+  for (const node of document.querySelectorAll("[data-labels]")) {
+    node.dataset.plain ??= node.textContent;
+    node.textContent = many ? node.dataset.labels : node.dataset.plain;
+  }
+  for (const node of document.querySelectorAll("[data-aria-labels]")) {
+    node.dataset.ariaPlain ??= node.getAttribute("aria-label");
+    node.setAttribute("aria-label", many ? node.dataset.ariaLabels : node.dataset.ariaPlain);
+  }
 }
 
 const taskName = (v, j) => (v.names[j] === `task ${j}` ? `task ${j}` : `${j}: ${v.names[j]}`);
