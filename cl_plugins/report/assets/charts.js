@@ -72,10 +72,10 @@ const matrix = {
       ramp(scale, cividis, "0", "1", words(v).cell);
       this.values = v.accuracy;
     } else if (state.mode === "sd") {
-      const top = stepUp(largest(v.sd));
-      heat(plot, v.sd, v.rows, v.tasks, cividis, 0, top, (x) => fmt(x, 2));
-      ramp(scale, cividis, "0", fmt(top, 2), `standard deviation over ${v.runs.length} runs`);
-      this.values = v.sd;
+      const top = stepUp(largest(v.sd)), several = v.runs.length > 1;
+      this.values = several ? v.sd : new Float64Array(v.rows * v.tasks).fill(NaN);
+      heat(plot, this.values, v.rows, v.tasks, cividis, 0, top, (x) => fmt(x, 2));
+      ramp(scale, cividis, "0", fmt(top, 2), several ? `standard deviation over ${v.runs.length} runs` : "standard deviation");
     } else {
       const values = difference
         ? v.accuracy.map((a, k) => { const i = Math.floor(k / v.tasks), j = k % v.tasks; return other && i < other.rows && j < other.tasks ? a - cell(other, i, j) : NaN; })

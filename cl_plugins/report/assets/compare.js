@@ -143,14 +143,15 @@ function bars(name, parts, unit) {
     draw() {
       const v = view(), plot = plots[name], data = { x: [], top: [], bottom: [], color: [] }, striped = [];
       this.byTask = new Map();
+      const costs = v.runs.map((r) => new Map(r.cost.map((c) => [c.task, c])));
       for (let j = 0; j < v.tasks; j++) {
         let level = 0;
         for (const p of parts) {
-          const value = mean(v.runs.map((r) => p.value(r.cost.find((c) => c.task === j) ?? {})));
+          const value = mean(costs.map((own) => p.value(own.get(j) ?? {})));
           if (!isNumber(value)) continue;
           data.x.push(j); data.bottom.push(level); data.top.push(level + value); data.color.push(css(p.color)); striped.push(p.striped === true);
           level += value;
-          this.byTask.set(j, [...(this.byTask.get(j) ?? []), [p.label, `${amount(value)}${unit}`]]);
+          this.byTask.set(j, [...(this.byTask.get(j) ?? []), [p.label, value]]);
         }
       }
       this.top = Math.max(...data.top, 0);
@@ -163,7 +164,7 @@ function bars(name, parts, unit) {
       if (!lines) return leave();
       focus(j, j);
       const kinds = name === "parameters" && view().runs.length === 1 ? Object.entries(view().runs[0].cost.find((c) => c.task === j)?.kinds ?? {}) : [];
-      return tip(taskName(view(), j), [...lines, ...kinds.slice(0, 8).map(([k, n]) => [k, amount(n)])]);
+      return tip(taskName(view(), j), [...lines.map(([label, value]) => [label, `${amount(value)}${unit}`]), ...kinds.slice(0, 8).map(([k, n]) => [k, amount(n)])]);
     },
     mark(j) {
       const on = this.byTask?.has(j);
