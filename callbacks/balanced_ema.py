@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from cl_plugins._lightning import callbacks_of
 from cl_plugins.ema import BalancedAverager
 from cl_plugins.ema_rules import Rule, make_rule
 from cl_plugins.module_average import ModuleAverage, ParameterFilter, put_average
@@ -252,8 +253,7 @@ class BalancedEMA(ContinualCallback):
             self.average.averager.total_steps = self._steps(trainer)
 
     def _others(self, trainer: pl.Trainer) -> list[BalancedEMA]:
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        return [c for c in callbacks if isinstance(c, BalancedEMA) and c is not self]
+        return [c for c in callbacks_of(trainer) if isinstance(c, BalancedEMA) and c is not self]
 
     def _steps(self, trainer: pl.Trainer) -> int | None:
         if self.rule.name != "horizon":
@@ -341,8 +341,7 @@ class BalancedEMA(ContinualCallback):
 
 
 def _groups_of(trainer: pl.Trainer) -> TaskGroups:
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    found = next((c for c in callbacks if isinstance(c, TaskGroups)), None)
+    found = next((c for c in callbacks_of(trainer) if isinstance(c, TaskGroups)), None)
     if found is None:
         raise ValueError("`active` must not be 'reused' without TaskGroups in the Trainer; add it")
     return found
