@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cl_plugins._lightning import Checkpoint
+from cl_plugins._lightning import Checkpoint, callbacks_of, datamodule_of
 from cl_plugins.adapter_export import check_owned, export_adapters
 from cl_plugins.checkpoint_files import publish
 from cl_plugins.plugin import plugins_of
@@ -191,7 +191,7 @@ class StreamCheckpoint(Checkpoint):
     def _save(self, trainer: pl.Trainer, stop: bool) -> None:
         self.save_inside(trainer)
         if stop:
-            self._stop(int(getattr(trainer.datamodule, "task", 0)))  # type: ignore[attr-defined]
+            self._stop(int(getattr(datamodule_of(trainer), "task", 0)))
 
     def save_inside(self, trainer: pl.Trainer) -> None:
         """Save inside a task, on every process.
@@ -199,11 +199,11 @@ class StreamCheckpoint(Checkpoint):
         Raises:
             FloatingPointError: when the loss has become NaN, rather than replacing a good checkpoint.
         """
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in callbacks_of(trainer):
             check = getattr(callback, "raise_if_not_finite", None)
             if check is not None:
                 check(trainer)
-        task = int(getattr(trainer.datamodule, "task", 0))  # type: ignore[attr-defined]
+        task = int(getattr(datamodule_of(trainer), "task", 0))
         if trainer.world_size > 1:
             shared = self.folder / ".stream-shared.tmp"
             trainer.save_checkpoint(shared)
@@ -239,7 +239,7 @@ def _behind_the_module(module: pl.LightningModule, save: Callable[[], None]) -> 
 
 def between_tasks(trainer: pl.Trainer, module: pl.LightningModule, stream: Stream) -> dict[str, Any]:
     """A checkpoint without optimizers, which the next task builds anew; keys as in Lightning's."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks = callbacks_of(trainer)
     loops = trainer.fit_loop.state_dict()
     loops["state_dict"] = {}  # the finished task's loader
     checkpoint: dict[str, Any] = {
@@ -271,7 +271,7 @@ def restore_between(
     module.load_state_dict(checkpoint["state_dict"])
     if type(stream).__qualname__ in checkpoint:
         stream.load_state_dict(checkpoint[type(stream).__qualname__])  # type: ignore[attr-defined]
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer):
         callback.on_load_checkpoint(trainer, module, checkpoint)
         if callback.state_key in checkpoint["callbacks"]:
             callback.load_state_dict(checkpoint["callbacks"][callback.state_key])

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cl_plugins._lightning import Callback
+from cl_plugins._lightning import Callback, callbacks_of
 from cl_plugins._reading import load_tensors
 from cl_plugins.evaluation import Predict
 from cl_plugins.label_scores import LabelScores
@@ -112,8 +112,7 @@ def same_randomness() -> Iterator[None]:
 
 def finished_rows(trainer: pl.Trainer) -> list[Row]:
     """The rows that a resumed stream begins with; none in a stream that starts anew."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    state = next((c for c in callbacks if isinstance(c, StreamState)), None)
+    state = next((c for c in callbacks_of(trainer) if isinstance(c, StreamState)), None)
     return [] if state is None else state.rows
 
 
@@ -185,7 +184,7 @@ class StreamState(Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let the savers write what waited for the end of the epoch before, ahead of every other callback."""
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in callbacks_of(trainer):
             if isinstance(callback, StreamCheckpoint):
                 callback.save_before_epoch(trainer)
 
