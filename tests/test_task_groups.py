@@ -183,6 +183,26 @@ def test_share_of_test_prompts_that_find_their_group():
     assert shares == [0.5, 1.0]
 
 
+def test_the_share_of_many_test_prompts_is_that_of_an_even_sample():
+    asked = []
+
+    class Counting(InstructionGroups):
+        def share_allocated(self, texts, group):
+            asked.append(len(texts))
+            return super().share_allocated(texts, group)
+
+    rows = [Example(YES, "", "yes")] * 600 + [Example("Deny nothing, approve.", "", "yes")] * 600
+    stream = InstructionStream([TextTask("a", rows[:4], rows), _task("b", NO, "no")])
+    groups, module = TaskGroups(Counting(threshold=0.9)), nn.Linear(1, 1)
+    groups.on_stream_start(None, None, stream)
+    for task in stream.tasks:
+        groups.start_task(module, task)
+        groups.end_task(module, task)
+    shares = [e["share"] for e in groups.report_events(module) if e["name"] == "TaskGroups/allocated"]
+    assert shares == [0.5, 1.0]
+    assert asked == [400, 4]
+
+
 def test_options_of_the_codebook_by_name():
     groups = TaskGroups(threshold="strict", reduce="max", unmatched="last").groups
     assert (groups.threshold, groups.reduce, groups.unmatched) == (0.9, "max", "last")
