@@ -159,9 +159,16 @@ class MethodComparison:
         return 1 + self.borda.rank_sums[self.ranked.index(method)] / blocks
 
 
+def _seed(value: Any) -> Any:
+    """A seed as it pairs runs; anything odd that a damaged file holds is told apart by how it is written."""
+    plain = value is None or isinstance(value, (int, str)) or (isinstance(value, float) and math.isfinite(value))
+    return value if plain else repr(value)
+
+
 def _replicate(result: Mapping[str, Any]) -> Replicate:
     order = result.get("class_order")
-    return result.get("seed"), result.get("order_seed"), tuple(order) if isinstance(order, list) else ()
+    classes = tuple(_seed(c) for c in order) if isinstance(order, list) else ()
+    return _seed(result.get("seed")), _seed(result.get("order_seed")), classes
 
 
 def _value(result: Mapping[str, Any], measure: str) -> float | None:

@@ -352,7 +352,7 @@ def fit_stream(
         initial = _initial_states(trainer)
         if between is not None:
             restore_between(trainer, module, stream, between, plugins)
-            state.restore_random_states()
+            state.restore_random_states(trainer)
             resume = between = None
         for index in range(first, len(stream.tasks)):
             _restore_states(trainer, initial)

@@ -215,10 +215,10 @@ class StreamCheckpoint(Checkpoint):
 
     def save_between(self, trainer: pl.Trainer, module: pl.LightningModule, stream: Stream, task: int) -> None:
         """Save behind a task's evaluation, before task ``task``; then end if SIGTERM has come."""
+        checkpoint = between_tasks(trainer, module, stream)  # on every process, since each has random states of its own
         if trainer.is_global_zero:
             if self.adapters:  # first: a run that is killed in between writes them once more
                 self._write(lambda: export_adapters(module, plugins_of(trainer), self.folder / "adapters.safetensors"))
-            checkpoint = between_tasks(trainer, module, stream)
             self._publish(trainer, task, lambda path: torch.save(checkpoint, path))
         trainer.strategy.barrier()
         if task < len(stream.tasks) and self._must_stop(trainer):
@@ -238,7 +238,7 @@ def _behind_the_module(module: pl.LightningModule, save: Callable[[], None]) -> 
 
 
 def between_tasks(trainer: pl.Trainer, module: pl.LightningModule, stream: Stream) -> dict[str, Any]:
-    """A checkpoint without optimizers, which the next task builds anew; keys as in Lightning's."""
+    """A checkpoint without optimizers, which the next task builds anew; keys as in Lightning's. On every process."""
     callbacks = callbacks_of(trainer)
     loops = trainer.fit_loop.state_dict()
     loops["state_dict"] = {}  # the finished task's loader

@@ -155,7 +155,7 @@ def _further(scenario: ScenarioComparison, rows: dict[tuple[str, str], dict[str,
 
 def _values(scenario: ScenarioComparison) -> str:
     """Every run's value, method by replicate."""
-    keys = sorted({key for e in scenario.entries for key in e.values}, key=lambda k: (str(k[0]), str(k[1]), k[2]))
+    keys = sorted({key for e in scenario.entries for key in e.values}, key=lambda k: (str(k[0]), str(k[1]), str(k[2])))
     shown = keys[:40]
     heads = "".join(
         f'<th class="n">seed {text(s)}{"" if o in (None, s) else f", order {text(o)}"}</th>' for s, o, _ in shown
