@@ -14,6 +14,7 @@ import contextlib
 import io
 import json
 import linecache
+import math
 import os
 import random
 import signal
@@ -34,9 +35,12 @@ from cl_plugins import cli
 from cl_plugins.adapters.adapter_set import read_adapters
 from cl_plugins.callbacks import LoRA
 from cl_plugins.check import check_report, read_matrix
-from cl_plugins.compare import collect_results, methods_table
+from cl_plugins.compare import collect_results, comparison_text
+from cl_plugins.comparison import compare_methods
+from cl_plugins.inside_tasks import InsideRow
 from cl_plugins.plugin import Row
 from cl_plugins.report import render_report
+from cl_plugins.report.comparison import render_comparison
 from cl_plugins.runs import read_run
 from cl_plugins.scenarios.text_data import read_coin, read_jsonl, read_trace
 from cl_plugins.stream_state import KEY, StreamState, random_states, rows_to_state
@@ -100,10 +104,10 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
 
 def value(rng: random.Random, depth: int = 2) -> Any:
     """Any JSON value."""
-    kind = rng.randint(0, 9 if depth else 6)
-    if kind < 7:
-        return [None, True, rng.randint(-3, 9), 1e308, -0.5, 10**30, rng.choice(_WORDS[:-1])][kind]
-    if kind == 7:
+    kind = rng.randint(0, 11 if depth else 8)
+    if kind < 9:
+        return [None, True, rng.randint(-3, 9), 1e308, -0.5, 10**30, math.nan, math.inf, rng.choice(_WORDS[:-1])][kind]
+    if kind == 9:
         return {rng.choice(("name", "task", "", "kind")): value(rng, depth - 1) for _ in range(rng.randint(0, 3))}
     return [value(rng, depth - 1) for _ in range(rng.randint(0, 3))]
 
@@ -121,6 +125,7 @@ def spoil(record: Any, rng: random.Random) -> Any:
     return value(rng)
 
 
+INSIDE = InsideRow(5, 1, 1, 2, (0, 1), (1, 2), (4, 4), (2, 3), 5, False, False)
 EVENTS: list[dict[str, Any]] = [
     {"schema": 1, "kind": "run", "time": 1.0, "method": "lora", "scenario": "digits", "seed": 0, "from_task": 0},
     *[{"schema": 1, "kind": "task", "index": i, "name": f"t{i}", "classes": [i], "class_names": ["c"]} for i in (0, 1)],
@@ -145,6 +150,23 @@ EVENTS: list[dict[str, Any]] = [
         "correct": [2, 4],
         "total": [4, 4],
         "correct_in_task": [4, 4],
+        "labels": {
+            "classes": [0, 1],
+            "average_precision": [0.5, None],
+            "true_positives": [1, 0],
+            "predicted": [2, 0],
+            "present": [1, 0],
+        },
+    },
+    {"schema": 1, "kind": "mid", **INSIDE.to_dict()},
+    {"schema": 1, "kind": "plug", "name": "drift/effective rank", "task": 1, "value": 2.5},
+    {
+        "schema": 1,
+        "kind": "plug",
+        "name": "drift/calibration drift per task",
+        "task": 1,
+        "x": [0],
+        "values": [0.25],
     },
     {"schema": 1, "kind": "alert", "task": 0, "after": 1, "text": "fell"},
     {"schema": 1, "kind": "end", "time": 4.0, "status": "finished"},
@@ -156,6 +178,7 @@ RESULT = {
     "average_accuracy": 0.75,
     "average_incremental_accuracy": 0.75,
     "forgetting": 0.25,
+    "map": 0.5,
     "train_seconds": 1.0,
     "accuracy_matrix": [[0.75, None], [0.5, 1.0]],
     "learned_at": [0, 1],
@@ -202,7 +225,10 @@ def fuzz_result(rng: random.Random, folder: Path) -> None:
     path = folder / "result.json"
     path.write_bytes(_json_bytes(RESULT, rng))
     if rng.random() < 0.5:
-        methods_table(collect_results([folder]), rng.choice(("text", "csv", "json", "latex", "markdown")))
+        results = collect_results([folder, folder])
+        comparison = compare_methods(results)
+        comparison_text(results, comparison, rng.choice(("text", "csv", "json", "latex", "markdown")))
+        assert render_comparison(results, comparison).rstrip().endswith("</html>"), "the page has no end"
     else:
         check_report(read_matrix(path), {"forgetting": 0.25})
 
@@ -278,7 +304,7 @@ def fuzz_checkpoint(rng: random.Random, folder: Path) -> None:
     state = StreamState()
     from cl_plugins.result import StreamResult
 
-    state.begin(_Stream(), StreamResult([]))  # type: ignore[arg-type]
+    state.begin(_Stream(), StreamResult([]))
     saved, _ = state.read(path)
     assert isinstance(saved["task"], int)
     assert isinstance(saved["rows"], dict)
@@ -450,7 +476,7 @@ def attempt(name: str, rng: random.Random) -> bool:
         warnings.simplefilter("ignore")
         try:
             TARGETS[name](rng, Path(folder))
-        except Exception as error:
+        except Exception as error:  # judged next
             if not clear(error):
                 raise
             return False
@@ -478,7 +504,7 @@ def main() -> int:
         started = time.monotonic()
         try:
             counts[name][0 if attempt(name, random.Random(number)) else 1] += 1
-        except Exception as error:
+        except Exception as error:  # counted and told; the exit status is 1
             counts[name][2] += 1
             last = traceback.extract_tb(error.__traceback__)
             ours = [f for f in last if f.filename.startswith(_OURS)]

@@ -29,6 +29,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from cl_plugins import ContinualCallback, Task
+from cl_plugins.cache_entry import CacheEntry
 from cl_plugins.callbacks import (
     CacheFeatures,
     FrozenBackbone,
@@ -38,7 +39,7 @@ from cl_plugins.callbacks import (
     LoRA,
     Sherl,
 )
-from cl_plugins.feature_cache import CacheEntry, CacheKey, FeatureCache
+from cl_plugins.feature_cache import CacheKey, FeatureCache
 
 MODELS = {"Ti": "vit_tiny_patch16_224", "S": "vit_small_patch16_224", "B": "vit_base_patch16_224"}
 METHODS: dict[str, Callable[[], ContinualCallback | None]] = {
@@ -164,7 +165,7 @@ def steps(size: str, batch: int, rounds: int, device: str) -> dict[str, float]:
             stream = _Stream(2 * batch, batch)
             loader = stream.train_dataloader()
             if cached:
-                source = CacheFeatures(progress=False).open(model, stream)  # type: ignore[arg-type]
+                source = CacheFeatures(progress=False).open(model, stream)
                 loader = source.train_dataloader()
                 model.train()
 

@@ -260,7 +260,8 @@ class ForgettingDashboard(ContinualCallback):
             return
         for j, (was, is_now) in enumerate(zip(_accuracies(before), _accuracies(row), strict=True)):
             if was is not None and is_now is not None and was - is_now >= _WORTH_AN_ALERT:
-                text = f"accuracy fell from {was:.3f} to {is_now:.3f} while task {row.after} was learned"
+                kind = "accuracy" if row.labels is None else "label accuracy"
+                text = f"{kind} fell from {was:.3f} to {is_now:.3f} while task {row.after} was learned"
                 self._write("alert", task=j, after=row.after, text=text)
 
     def _close(self) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cl_plugins._reading import read_json
-from cl_plugins.comparison import MEASURES, MethodComparison, MethodEntry
+from cl_plugins.comparison import MethodComparison, MethodEntry, is_multi_label
 from cl_plugins.stats import SeedSummary, summarize_seeds
 
 COLUMNS = {
@@ -19,6 +19,13 @@ COLUMNS = {
     "train_seconds": "train s",
 }
 """Keys of a result and the headings of their columns."""
+
+LABEL_HEADINGS = {
+    "average_accuracy": "label accuracy",
+    "average_incremental_accuracy": "incremental label accuracy",
+    "forgetting": "forgetting of label accuracy",
+}
+"""Headings of the same keys on multi-label streams, where the accuracies count labels: columns of their own."""
 
 DOMAIN_COLUMNS = {"transfer": "transfer", "average": "average (all cells)", "last": "last"}
 LABEL_COLUMNS = {"map": "mAP", "average_map": "mean mAP", "cf1": "CF1", "of1": "OF1"}
@@ -72,9 +79,21 @@ def table_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
         key = (str(result.get("scenario", "?")), str(result.get("method", "?")))
         groups.setdefault(key, []).append(result)
     rows = []
-    further = {k: h for k, h in FURTHER_COLUMNS.items() if any(m.get(k) is not None for m in results)}
+    labelled = {str(r.get("scenario", "?")) for r in results if is_multi_label(r)}
+    plain = any(scenario not in labelled for scenario, _ in groups)
+    has = {k for k in FURTHER_COLUMNS if any(m.get(k) is not None for m in results)}
+    # key, heading, and which scenarios have it: accuracies of labels and of samples never share a column
+    columns: list[tuple[str, str, bool | None]] = [(k, h, True) for k, h in LABEL_COLUMNS.items() if k in has]
+    columns += [
+        (k, h, False if k in LABEL_HEADINGS else None) for k, h in COLUMNS.items() if plain or k not in LABEL_HEADINGS
+    ]
+    columns[-1:-1] = [(k, h, True) for k, h in LABEL_HEADINGS.items() if labelled]
+    columns += [(k, h, None) for k, h in DOMAIN_COLUMNS.items() if k in has]
     for (scenario, method), members in sorted(groups.items()):
-        cells = {h: _cell([m[k] for m in members if m.get(k) is not None]) for k, h in {**COLUMNS, **further}.items()}
+        cells = {
+            h: _cell([m[k] for m in members if m.get(k) is not None]) if of in (None, scenario in labelled) else ""
+            for k, h, of in columns
+        }
         rows.append({"scenario": scenario, "method": method, **cells, "runs": str(len(members))})
     return rows
 
@@ -115,9 +134,9 @@ def comparison_rows(results: Sequence[dict[str, Any]], comparison: MethodCompari
 
 def comparison_notes(comparison: MethodComparison) -> list[str]:
     """What the further columns mean, the orders over all scenarios, and what limits the comparison."""
-    name, higher = MEASURES[comparison.measure]
     lines = [
-        f"difference: {name} minus the baseline's over the runs both share, mean ± half of the 95 % t interval;"
+        f"difference: {' or '.join(comparison.measure_names)} minus the baseline's over the runs both share, mean ±"
+        " half of the 95 % t interval;"
         " p: exact two-sided sign-flip test, Holm's correction over all tests"
     ]
     if comparison.borda is not None:
@@ -125,7 +144,7 @@ def comparison_notes(comparison: MethodComparison) -> list[str]:
         blocks = comparison.cells if comparison.level == 1 else len(comparison.scenarios)
         lines.append(
             f"mean rank (Borda): over {blocks} {unit} common to {len(comparison.ranked)} methods; 1 is the"
-            f" {'highest' if higher else 'lowest'}; ties share the middle rank"
+            f" {'highest' if comparison.higher_is_better else 'lowest'}; ties share the middle rank"
         )
     if comparison.kemeny is not None:
         orders = comparison.kemeny.orders
@@ -175,7 +194,7 @@ def _numeric_rows(comparison: MethodComparison) -> list[dict[str, str]]:
             numbers = {"mean": mean, "sd": sd, "t95_half_width": half, "n": n, "difference": difference}
             numbers |= {"difference_t95_half_width": interval, "pairs": pairs, "p": e.p_value, "p_holm": e.adjusted_p}
             numbers |= {"mean_rank": comparison.mean_rank(e.method)}
-            head = {"scenario": scenario.scenario, "method": e.method, "measure": comparison.measure}
+            head = {"scenario": scenario.scenario, "method": e.method, "measure": scenario.measure}
             rows.append({**head, "baseline": scenario.baseline or "", **{k: cell(v) for k, v in numbers.items()}})
     return rows
 
@@ -184,12 +203,14 @@ def _plain(rows: list[dict[str, str]], comparison: MethodComparison) -> dict[str
     """The comparison for JSON, in full precision."""
     borda, kemeny = comparison.borda, comparison.kemeny
     return {
-        "measure": comparison.measure,
-        "higher_is_better": MEASURES[comparison.measure][1],
+        "measures": list(comparison.measures),
+        "higher_is_better": comparison.higher_is_better,
         "methods": rows,
         "scenarios": [
             {
                 "scenario": s.scenario,
+                "measure": s.measure,
+                "measure_name": s.measure_name,
                 "baseline": s.baseline,
                 "methods": [
                     {

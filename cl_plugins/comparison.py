@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from cl_plugins._text import did_you_mean
+from cl_plugins.label_scores import of_label_accuracy
 from cl_plugins.stats import (
     Ranking,
     SeedSummary,
@@ -40,10 +41,28 @@ MEASURES = {
 }
 """Keys of a result that can be compared: the name with its variant, and whether higher is better."""
 
+_OF_LABELS = ("map", "average_map", "cf1", "of1")
+
 _EXACT_PAIRS = 20
 _EXACT_SYSTEMS = 8
 
 Replicate = tuple[Any, Any, tuple[int, ...]]
+
+
+def is_multi_label(result: Mapping[str, Any]) -> bool:
+    """Whether a ``result.json`` is of a multi-label stream: it has mAP, and its accuracies count labels."""
+    return "multilabel" in result or "map" in result
+
+
+def measure_name(measure: str, multi_label: bool) -> str:
+    """Name of a key of :data:`MEASURES` with its variant, saying so where the accuracies count labels.
+
+    Example:
+        >>> measure_name("average_accuracy", True), measure_name("map", True)
+        ('average label accuracy (last row)', 'mAP of seen classes (last row)')
+    """
+    name = MEASURES[measure][0]
+    return of_label_accuracy(name) if multi_label and measure not in _OF_LABELS else name
 
 
 @dataclass(frozen=True)
@@ -79,11 +98,20 @@ class ScenarioComparison:
         scenario: its name.
         baseline: the method that the others are compared with; None when there is only one.
         entries: the methods.
+        measure: key of what is compared here.
+        multi_label: whether the stream has several labels a sample, so that accuracies count labels.
     """
 
     scenario: str
     baseline: str | None
     entries: tuple[MethodEntry, ...]
+    measure: str = "average_accuracy"
+    multi_label: bool = False
+
+    @property
+    def measure_name(self) -> str:
+        """Name of the measure with its variant."""
+        return measure_name(self.measure, self.multi_label)
 
 
 @dataclass(frozen=True)
@@ -91,7 +119,6 @@ class MethodComparison:
     """Methods over scenarios and seeds.
 
     Attributes:
-        measure: key of what is compared.
         level: see :func:`cl_plugins.stats.aggregate_rankings`.
         scenarios: one comparison each.
         ranked: the methods in the rankings; those with common replicates on all scenarios.
@@ -101,7 +128,6 @@ class MethodComparison:
         notes: what a reader must know before believing the table.
     """
 
-    measure: str
     level: Literal[1, 2]
     scenarios: tuple[ScenarioComparison, ...]
     ranked: tuple[str, ...]
@@ -109,6 +135,21 @@ class MethodComparison:
     borda: Ranking | None
     kemeny: Ranking | None
     notes: tuple[str, ...] = field(default_factory=tuple)
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """Keys of what is compared, each once; more than one where scenarios of several kinds stand together."""
+        return tuple(dict.fromkeys(s.measure for s in self.scenarios))
+
+    @property
+    def measure_names(self) -> tuple[str, ...]:
+        """Their names with the variants, each once."""
+        return tuple(dict.fromkeys(s.measure_name for s in self.scenarios))
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Which way is better; the same for all of :attr:`measures`."""
+        return MEASURES[self.measures[0]][1]
 
     def mean_rank(self, method: str) -> float | None:
         """Mean rank from 1 for the best, over the cells (level 1) or the scenarios (level 2); None if not ranked."""
@@ -118,15 +159,23 @@ class MethodComparison:
         return 1 + self.borda.rank_sums[self.ranked.index(method)] / blocks
 
 
+def _seed(value: Any) -> Any:
+    """A seed as it pairs runs; anything odd that a damaged file holds is told apart by how it is written."""
+    plain = value is None or isinstance(value, (int, str)) or (isinstance(value, float) and math.isfinite(value))
+    return value if plain else repr(value)
+
+
 def _replicate(result: Mapping[str, Any]) -> Replicate:
     order = result.get("class_order")
-    return result.get("seed"), result.get("order_seed"), tuple(order) if isinstance(order, list) else ()
+    classes = tuple(_seed(c) for c in order) if isinstance(order, list) else ()
+    return _seed(result.get("seed")), _seed(result.get("order_seed")), classes
 
 
 def _value(result: Mapping[str, Any], measure: str) -> float | None:
     value = result.get(measure)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if number else None  # type: ignore[arg-type]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
 
 
 def _entries(
@@ -187,11 +236,13 @@ def _mismatches(entries: Mapping[str, MethodEntry], where: str) -> list[str]:
 
 
 def _best(entries: Mapping[str, MethodEntry], higher: bool) -> str | None:
-    known = [e for e in entries.values() if e.summary is not None and e.values and not e.reference]
-    if len(known) < 2:
-        return None
     sign = -1 if higher else 1
-    return min(known, key=lambda e: (sign * e.summary.mean, e.method)).method  # type: ignore[union-attr]
+    known = [
+        (sign * e.summary.mean, e.method)
+        for e in entries.values()
+        if e.summary is not None and e.values and not e.reference
+    ]
+    return min(known)[1] if len(known) >= 2 else None
 
 
 def _tested(entry: MethodEntry, base: MethodEntry) -> MethodEntry:
@@ -235,9 +286,15 @@ def _rankings(
     return tuple(ranked), cells, borda, kemeny
 
 
+def _measured(results: Sequence[Mapping[str, Any]], measure: str | None) -> tuple[str, bool]:
+    """What is compared on a scenario, and whether it has several labels a sample."""
+    multi_label = any(is_multi_label(r) for r in results)
+    return measure or ("map" if multi_label else "average_accuracy"), multi_label
+
+
 def compare_methods(
     results: Sequence[Mapping[str, Any]],
-    measure: str = "average_accuracy",
+    measure: str | None = None,
     *,
     baseline: str | None = None,
     level: Literal[1, 2] = 1,
@@ -246,7 +303,7 @@ def compare_methods(
 
     Args:
         results: contents of ``result.json`` files, see :func:`cl_plugins.compare.collect_results`.
-        measure: a key of :data:`MEASURES`.
+        measure: a key of :data:`MEASURES`; None takes mAP on multi-label streams, average accuracy on others.
         baseline: compare with this method; the best mean of each scenario when None, which favors it a little.
         level: 1 ranks in every (scenario, run) cell; 2 ranks inside a scenario first, so that all count the same.
 
@@ -260,7 +317,7 @@ def compare_methods(
         >>> scenario.baseline, scenario.entries[1].adjusted_p
         ('new', 0.03125)
     """
-    if measure not in MEASURES:
+    if measure is not None and measure not in MEASURES:
         raise ValueError(
             f"`measure` must be one of {', '.join(MEASURES)}, got {measure!r}{did_you_mean(str(measure), MEASURES)}"
         )
@@ -269,12 +326,19 @@ def compare_methods(
     methods = {str(r.get("method", "?")) for r in results}
     if not results or (baseline is not None and baseline not in methods):
         raise ValueError(f"`baseline` must be a method among the results, {sorted(methods)!r}, got {baseline!r}")
-    higher = MEASURES[measure][1]
+    higher = MEASURES[measure or "average_accuracy"][1]
     notes: list[str] = []
     names = sorted({str(r.get("scenario", "?")) for r in results})
-    tables = [
-        _entries([r for r in results if str(r.get("scenario", "?")) == name], measure, notes, name) for name in names
-    ]
+    own = [[r for r in results if str(r.get("scenario", "?")) == name] for name in names]
+    kinds = [_measured(of_scenario, measure) for of_scenario in own]
+    tables = [_entries(o, kind, notes, name) for o, (kind, _), name in zip(own, kinds, names, strict=True)]
+    several = list(dict.fromkeys(measure_name(*kind) for kind in kinds))
+    if len(several) > 1:
+        told = "; ".join(
+            f"{name}: {', '.join(n for n, kind in zip(names, kinds, strict=True) if measure_name(*kind) == name)}"
+            for name in several
+        )
+        notes.append(f"The scenarios are of several kinds and are compared by different measures ({told}).")
     bases: list[str | None] = []
     for index, (name, table) in enumerate(zip(names, tables, strict=True)):
         notes += _mismatches(table, name)
@@ -285,9 +349,9 @@ def compare_methods(
         bases.append(base)
         if base is not None:
             tables[index] = {m: _tested(entry, table[base]) for m, entry in table.items()}
-    tested = [(i, m) for i, table in enumerate(tables) for m, e in table.items() if e.p_value is not None]
-    adjusted = holm([tables[i][m].p_value for i, m in tested])  # type: ignore[misc]
-    for (i, m), p in zip(tested, adjusted, strict=True):
+    tested = [(i, m, e.p_value) for i, table in enumerate(tables) for m, e in table.items() if e.p_value is not None]
+    adjusted = holm([p for _, _, p in tested])
+    for (i, m, _), p in zip(tested, adjusted, strict=True):
         e = tables[i][m]
         tables[i][m] = MethodEntry(m, e.reference, e.summary, e.values, e.runs, e.difference, e.p_value, p)
     pairs = [e.difference.n for t in tables for e in t.values() if e.difference is not None]
@@ -308,7 +372,7 @@ def compare_methods(
         return entry.reference, math.inf if entry.summary is None else sign * entry.summary.mean, entry.method
 
     scenarios = tuple(
-        ScenarioComparison(name, base, tuple(sorted(table.values(), key=place)))
-        for name, base, table in zip(names, bases, tables, strict=True)
+        ScenarioComparison(name, base, tuple(sorted(table.values(), key=place)), *kind)
+        for name, base, table, kind in zip(names, bases, tables, kinds, strict=True)
     )
-    return MethodComparison(measure, level, scenarios, ranked, cells, borda, kemeny, tuple(notes))
+    return MethodComparison(level, scenarios, ranked, cells, borda, kemeny, tuple(notes))

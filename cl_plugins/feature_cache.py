@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cl_plugins._cache_files import LABELS, EntryFile, MemoryRows, dtype_name, read_manifest, torch_dtype
-from cl_plugins._cache_rows import RowReader
+from cl_plugins.cache_entry import CacheEntry
 
 
 def tensor_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -44,6 +44,14 @@ def tensor_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
         digest.update(f"{name}:{plain.dtype}:{tuple(plain.shape)};".encode())
         digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def each_once(tensors: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    """Each tensor once, under its shortest name, so that a wrapper around the backbone changes no digest."""
+    by_id: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in sorted(tensors, key=lambda item: len(item[0])):
+        by_id.setdefault(id(tensor), (name, tensor))
+    return sorted(by_id.values(), key=lambda item: item[0])
 
 
 @dataclass(frozen=True)
@@ -79,46 +87,6 @@ class CacheKey:
             if mine != theirs:
                 return f"`{field.name}` is {theirs!r} there and {mine!r} here"
         return None
-
-
-class CacheEntry:
-    """The arrays of one split, read by rows.
-
-    Args:
-        arrays: ``(samples, ...)`` by name.
-        dtypes: what reading gives, by name.
-        labels: ``(samples,)`` int64.
-        in_memory: whether the arrays are in memory or mapped from a file.
-    """
-
-    def __init__(
-        self, arrays: dict[str, Tensor], dtypes: dict[str, torch.dtype], labels: Tensor, in_memory: bool
-    ) -> None:
-        self.arrays, self.dtypes, self.labels, self.in_memory = arrays, dtypes, labels, in_memory
-        self._reader = RowReader(arrays, dtypes)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the arrays."""
-        return sum(a.numel() * a.element_size() for a in self.arrays.values())
-
-    def read(self, rows: Tensor, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """The arrays' ``rows`` ``(batch, ...)`` in the dtype in which they were computed.
-
-        Neighboring rows are a view of the array and cost nothing; others, and those stored in another dtype, are copied
-        in one call an array into the memory of an earlier batch once nobody holds that any more.
-
-        Args:
-            rows: ``(batch,)`` int64.
-            device: where the result goes.
-
-        Raises:
-            IndexError: for a row outside the entry.
-        """
-        return self._reader.read(rows.cpu(), len(self), torch.device(device))
 
 
 class FeatureCache:
@@ -243,7 +211,7 @@ class FeatureCache:
                 raise ValueError(f"`batches` must hold {n} rows for {key.split!r}, got {done}")
             if isinstance(writer, EntryFile):
                 writer.finish(asdict(key), torch.cat(labels))
-        except BaseException:
+        except BaseException:  # Ctrl-C as well, and whatever computes the batches
             if writer is not None:
                 writer.abort()
             raise

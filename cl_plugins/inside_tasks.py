@@ -100,7 +100,7 @@ class InsideRow:
         whole = (row.step, row.task, row.old, row.seen, row.every)
         sound = (
             all(isinstance(line, tuple) and len(line) == len(row.tasks) for line in counts)
-            and all(type(c) is int and c >= 0 for c in (*whole, *(c for line in counts for c in line)))
+            and all(type(c) is int and 0 <= c < 2**53 for c in (*whole, *(c for line in counts for c in line)))
             and all(c <= n for c, n in zip(row.correct, row.total, strict=True))
             and list(row.tasks) == sorted(set(row.tasks))
             and row.every > 0
@@ -109,7 +109,9 @@ class InsideRow:
             and isinstance(row.seconds, (int, float))
         )
         if not sound:
-            raise ValueError(f"a row inside a task must hold counts from 0 to their totals, got {known!r}"[:400])
+            raise ValueError(
+                f"a row inside a task must hold counts from 0 to their totals, below 2**53, got {known!r}"[:400]
+            )
         return row
 
     @property

@@ -38,6 +38,26 @@ LABEL_SCORES = {
 """What each number of :meth:`cl_plugins.StreamResult.metrics` on a multi-label stream is."""
 
 
+LABEL_ACCURACY = (
+    "the share of labels of seen classes that are among the k highest scores of their image, k the number of its labels"
+)
+"""What a count of :attr:`cl_plugins.plugin.Row.correct` over its total is on a multi-label stream."""
+
+
+def of_label_accuracy(name: str) -> str:
+    """The name of a measure of the accuracy matrix on a multi-label stream, where a count is of labels.
+
+    Example:
+        >>> of_label_accuracy("average accuracy (last row)")
+        'average label accuracy (last row)'
+        >>> of_label_accuracy("forgetting (peak since learned)")
+        'forgetting of label accuracy (peak since learned)'
+    """
+    title, bracket, variant = name.partition(" (")
+    known = "accuracy" in title
+    return (title.replace("accuracy", "label accuracy") if known else f"{title} of label accuracy") + bracket + variant
+
+
 @dataclass(frozen=True)
 class LabelScores:
     """What one evaluation of a multi-label stream measured, per seen class.

@@ -67,7 +67,10 @@ class StreamProgress(ContinualCallback):
         if self._result is None or not self._result.rows:
             return ""
         accuracy, lost = self._result.average_accuracy, self._result.forgetting
-        return f", accuracy {accuracy:.3f}" + ("" if lost != lost else f", forgetting {lost:.3f}")
+        precision = self._result.label_scores.get("map")
+        of, best = ("", "") if precision is None else (" of label accuracy", f", mAP {precision:.3f}")
+        kind = "accuracy" if precision is None else "label accuracy"
+        return f"{best}, {kind} {accuracy:.3f}" + ("" if lost != lost else f", forgetting{of} {lost:.3f}")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

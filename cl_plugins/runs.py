@@ -135,6 +135,11 @@ def _is_index(value: Any, low: int = 0) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value < _MOST_TASKS
 
 
+def _whole(text: str) -> int | float:
+    """An integer, or a float where it has more digits than any count: sums and logarithms cannot take such integers."""
+    return int(text) if len(text) <= 20 else float(text)
+
+
 def _lines(path: Path, problems: list[str]) -> Iterator[dict[str, Any]]:
     """Events of a file; a torn last line is dropped, other damage is reported."""
     damaged, newer = 0, 0
@@ -144,7 +149,7 @@ def _lines(path: Path, problems: list[str]) -> Iterator[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            event = json.loads(line)
+            event = json.loads(line, parse_int=_whole)
         except (ValueError, RecursionError):
             damaged += 1
             continue

@@ -264,10 +264,10 @@ def backbone_taps(module: nn.Module, backbone: Backbone, head: nn.Module) -> Bac
     """The one tap of ``backbone`` under ``module.plugins``; side networks and caches share it."""
     plugins = plugin_modules(module)
     if "taps" not in plugins:
-        taps = BackboneTaps(backbone).attach()
-        taps.substitute_at(head)
-        plugins["taps"] = taps
-    taps = plugins["taps"]  # type: ignore[assignment]
+        made = BackboneTaps(backbone).attach()
+        made.substitute_at(head)
+        plugins["taps"] = made
+    taps = plugins["taps"]
     assert isinstance(taps, BackboneTaps)
     return taps
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from ._seeds import IMAGE, SPLIT, ForkedRandomness, words
 
@@ -192,6 +192,8 @@ class TaskView(Dataset[Any]):
         self.collate = Collate(collate_fn)
         self.unreadable = unreadable
         self._in_batches = isinstance(source, BatchSource)  # asking a protocol takes longer than reading a sample
+        # tensors draw nothing at random, so that no sample needs its own seed
+        self._tensors = type(source) is TensorDataset and type(self)._label is TaskView._label
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -221,9 +223,14 @@ class TaskView(Dataset[Any]):
     def __getitems__(self, numbers: Sequence[int]) -> Any:
         """The samples of a batch; ``number = epoch * len(self) + position``."""
         asked = np.asarray(numbers, np.int64)
-        if self.collate.function is None and self.transform is None and self._in_batches:
+        if self.collate.function is None and self.transform is None and (self._in_batches or self._tensors):
             chosen = self.indices[asked % len(self)]
-            return _Stacked((self.source.read_batch(chosen), torch.from_numpy(self.labels[chosen])))
+            labels = torch.from_numpy(self.labels[chosen])
+            if self._in_batches:
+                return _Stacked((self.source.read_batch(chosen), labels))
+            where = torch.from_numpy(chosen)
+            first, *more = (tensor[where] for k, tensor in enumerate(self.source.tensors) if k != 1)
+            return _Stacked((first, labels, *more))
         return self._samples(asked)
 
     def _samples(self, numbers: NDArray[np.int64]) -> list[Any]:

@@ -109,6 +109,13 @@ class Page:
         self.call("Page.navigate", url=place if isinstance(place, str) else Path(place).absolute().as_uri())
         return float(self.wait("document.documentElement?.dataset?.ready"))
 
+    def heap(self, collect=True):
+        """Bytes of JavaScript objects and of the arrays behind them."""
+        if collect:
+            self.call("HeapProfiler.collectGarbage")
+        used = self.call("Runtime.getHeapUsage")
+        return used["usedSize"] + used["backingStorageSize"]
+
     def wait(self, script, seconds=30):
         end = time.monotonic() + seconds
         while time.monotonic() < end:

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cl_plugins.feature_cache import CacheEntry, CacheKey, FeatureCache, tensor_digest
+from cl_plugins.cache_entry import CacheEntry
+from cl_plugins.feature_cache import CacheKey, FeatureCache, tensor_digest
 
 KEY = CacheKey("train-0", weights="w", transform="t", arrays=("feature", "tap.1"))
 

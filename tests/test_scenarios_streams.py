@@ -8,6 +8,7 @@ import pytest
 import pytorch_lightning
 import torch
 from torch.nn.functional import cross_entropy
+from torch.utils.data import TensorDataset, default_collate
 
 from cl_plugins.scenarios import ClassIncremental, build_scenario, data_names, scenario_info, scenario_names
 from cl_plugins.scenarios.glyph_data import GlyphSource, load_glyphs
@@ -295,3 +296,28 @@ def test_both_packages_are_served_by_one_class():
     assert issubclass(ClassIncremental, pytorch_lightning.LightningDataModule)
     lightning = pytest.importorskip("lightning.pytorch")
     assert issubclass(ClassIncremental, lightning.LightningDataModule)
+
+
+def test_batches_of_a_tensor_data_set_are_its_samples_one_by_one():
+    draw = torch.Generator().manual_seed(0)
+    images, labels = torch.randn(40, 3, generator=draw), torch.arange(40) % 4
+    extra = torch.arange(40.0)
+    for tensors in ((images, labels), (images, labels, extra)):
+        stream = ClassIncremental(TensorDataset(*tensors), test=TensorDataset(*tensors), n_tasks=2, batch_size=7)
+        before = torch.get_rng_state()
+        for loader in (stream.train_loader_for_features(1), stream.test_loader(1)):
+            view, seen = loader.dataset, []
+            for batch in loader:
+                assert isinstance(batch, list)
+                seen.append(batch)
+            at = view.indices
+            joined = [torch.cat(part) for part in zip(*seen, strict=True)]
+            order = joined[0][:, 0].argsort()
+            wanted = default_collate([view[k] for k in range(len(view))])
+            assert [part.dtype for part in joined] == [part.dtype for part in wanted]
+            for mine, own in zip(joined, wanted, strict=True):
+                assert torch.equal(mine[order], own[wanted[0][:, 0].argsort()])
+            assert torch.equal(wanted[0], images[torch.from_numpy(at)])
+            whole = view.__getitems__([len(view) + 1, 0])  # a number counts epochs, too
+            assert torch.equal(view.collate(whole)[0], images[torch.from_numpy(at[[1, 0]])])
+        assert torch.equal(torch.get_rng_state(), before)

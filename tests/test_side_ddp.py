@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests._helpers import run_script
 
 SCRIPT = """
 import sys
@@ -45,17 +44,7 @@ torch.save({"state": state, "correct": result.correct, "filled": torch.tensor(le
 
 
 def _run(tmp_path: Path, name: str, cache: str, processes: int) -> list[dict]:
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(script), name, cache, str(processes), str(tmp_path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(SCRIPT, tmp_path, name, cache, processes, tmp_path)
     return [torch.load(tmp_path / f"{processes}-rank{r}.pt", weights_only=True) for r in range(processes)]
 
 

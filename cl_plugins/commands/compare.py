@@ -18,7 +18,12 @@ def parser() -> ArgumentParser:
     parser.add_argument("folders", nargs="+", type=str, help="folders with result.json files, at any depth")
     parser.add_argument("--format", default="text", choices=["text", "markdown", "csv", "latex", "json", "html"])
     parser.add_argument("--out", "-o", type=str | None, default=None, help="write to this file")
-    parser.add_argument("--measure", type=str, default="average_accuracy", help="what is tested and ranked")
+    parser.add_argument(
+        "--measure",
+        type=str | None,
+        default=None,
+        help="what is tested and ranked; mAP on multi-label streams, average accuracy on others",
+    )
     parser.add_argument(
         "--baseline", type=str | None, default=None, help="method to compare with; the best of each scenario"
     )

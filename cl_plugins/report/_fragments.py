@@ -11,13 +11,12 @@ from typing import Any
 from cl_plugins.runs import Run
 from cl_plugins.stats import variance_parts
 
+from ._measures import LABEL_NOTE, Measure, headline, measures_for
 from ._numbers import (
-    ALL_MEASURES,
     UNDEFINED,
     Group,
     class_order,
     cost_of,
-    headline,
     number,
     quantity,
     steps_of,
@@ -40,8 +39,7 @@ def run_labels(runs: Sequence[Run]) -> list[str]:
     ]
 
 
-def _tile(measure: str, shown: str, note: str) -> str:
-    entry = ALL_MEASURES[measure]
+def _tile(measure: str, entry: Measure, shown: str, note: str) -> str:
     title, _, variant = entry.name.partition(" (")
     variant = f"({variant}" if variant else ""
     undefined = shown == UNDEFINED
@@ -61,25 +59,33 @@ def tiles(
     for selection in selections:
         index = int(selection[1:])
         entries = []
-        shown = [runs[index]] if selection[0] == "r" else [runs[i] for i in groups[index].members]
-        for measure in headline(shown):
-            better = f"{ALL_MEASURES[measure].better} is better"
+        group = groups[index] if selection[0] == "g" else next(g for g in groups if index in g.members)
+        shown = [runs[index]] if selection[0] == "r" else [runs[i] for i in group.members]
+        names = measures_for(group.multi_label)
+        for measure in headline(shown, group.multi_label):
+            entry = names[measure]
+            better = f"{entry.better} is better"
             if selection[0] == "r":
-                entries.append(_tile(measure, number(values[index][measure]), better))
+                entries.append(_tile(measure, entry, number(values[index][measure]), better))
                 continue
-            summary = summarize(groups[index], measure, values)
+            summary = summarize(group, measure, values)
             if summary is None:
-                entries.append(_tile(measure, UNDEFINED, ""))
+                entries.append(_tile(measure, entry, UNDEFINED, ""))
                 continue
             half = summary.half_width
             spread = "no interval below 3 runs" if half is None else f"± {number(half)} (95 % t)"
-            entries.append(_tile(measure, number(summary.mean), f"{spread}, n = {summary.n}"))
+            entries.append(_tile(measure, entry, number(summary.mean), f"{spread}, n = {summary.n}"))
         hidden = "" if not sets else " hidden"
         sets.append(f'<div class="tiles" data-selection="{selection}"{hidden}>{"".join(entries)}</div>')
     return "".join(sets)
 
 
-def table(lines: Sequence[Sequence[str]]) -> str:
+def tables(several: Sequence[Sequence[Sequence[str]]]) -> str:
+    """The methods tables, one for each kind of stream."""
+    return "".join(_table(lines) for lines in several)
+
+
+def _table(lines: Sequence[Sequence[str]]) -> str:
     head = "".join(f'<th scope="col"{" class=n" if i > 1 else ""}>{text(c)}</th>' for i, c in enumerate(lines[0]))
     body = []
     for line in lines[1:]:
@@ -111,13 +117,22 @@ def notices(runs: Sequence[Run], groups: Sequence[Group], labels: Sequence[str])
 
 
 def orders(runs: Sequence[Run], groups: Sequence[Group], values: Sequence[dict[str, float]]) -> str:
-    """How much of the differences between runs is due to the class order, by method."""
+    """How much of the differences between runs is due to the class order, by method; a table for each measure."""
+    return "".join(
+        _orders(runs, [g for g in groups if g.multi_label == kind], values)
+        for kind in sorted({g.multi_label for g in groups})
+    )
+
+
+def _orders(runs: Sequence[Run], groups: Sequence[Group], values: Sequence[dict[str, float]]) -> str:
     lines, mixed = [], []
+    measure = groups[0].ranking
+    title = text(measures_for(groups[0].multi_label)[measure].name)
     for group in groups:
         by_order: dict[Any, list[float]] = {}
         for i in group.members:
-            if math.isfinite(values[i]["average_accuracy"]):
-                by_order.setdefault(class_order(runs[i]), []).append(values[i]["average_accuracy"])
+            if math.isfinite(values[i][measure]):
+                by_order.setdefault(class_order(runs[i]), []).append(values[i][measure])
         if len(by_order) < 2:
             continue
         parts = variance_parts(list(by_order.values()))
@@ -138,7 +153,7 @@ def orders(runs: Sequence[Run], groups: Sequence[Group], values: Sequence[dict[s
     heads = ("orders", "runs", "sd between orders", "sd between seeds")
     head = "".join(f'<th class="n">{h}</th>' for h in heads)
     return (
-        f"<table><thead><tr><th>average accuracy of</th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+        f"<table><thead><tr><th>{title} of</th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
         f'<p class="about">One-way random effects.</p>{told}'
     )
 
@@ -179,12 +194,16 @@ def provenance(runs: Sequence[Run], labels: Sequence[str]) -> str:
     return "".join(blocks)
 
 
-def definitions() -> str:
-    return "".join(
+def definitions(groups: Sequence[Group]) -> str:
+    """What every measure is, for the kinds of streams on the page."""
+    kinds = sorted({group.multi_label for group in groups})
+    known = [measure for kind in kinds for measure in measures_for(kind).values()]
+    told = "".join(
         f"<dt>{text(m.name)}</dt><dd>{text(m.definition)}. {text(m.better.capitalize())} is better."
         f" Undefined when {text(m.undefined)}.</dd>"
-        for m in ALL_MEASURES.values()
+        for m in known
     )
+    return told + (f"<dt>label accuracy</dt><dd>{text(LABEL_NOTE)}.</dd>" if True in kinds else "")
 
 
 def default_title(runs: Sequence[Run], groups: Sequence[Group]) -> str:

@@ -3,155 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from cl_plugins import functional
 from cl_plugins.comparison import compare_methods
-from cl_plugins.label_scores import LABEL_SCORES, LabelScores
 from cl_plugins.runs import Run
 from cl_plugins.stats import SeedSummary, summarize_seeds
 
+from ._measures import (
+    ALL_MEASURES,
+    LABEL_MEASURES,
+    MEASURES,
+    TASK_KNOWN,
+    multi_label_runs,
+    ranking_measure,
+    says,
+    scenario_of,
+)
+
 UNDEFINED = "undefined"
-
-
-class Measure(NamedTuple):
-    """A metric with its full name, which way is better, and what it is in words."""
-
-    name: str
-    better: str
-    definition: str
-    undefined: str
-    compute: Callable[..., Tensor]
-
-
-def _average_all_cells(matrix: Tensor, **options: Any) -> Tensor:
-    scores = functional.mtil_scores(matrix, **options)
-    return torch.where(scores["transfer"].isnan(), torch.nan, scores["average"])  # a joint run has no such average
-
-
-MEASURES: dict[str, Measure] = {
-    "average_accuracy": Measure(
-        "average accuracy (last row)",
-        "higher",
-        "mean over the tasks learned so far of the accuracy at the last evaluation",
-        "nothing was evaluated, or a learned task was not",
-        functional.average_accuracy,
-    ),
-    "average_incremental_accuracy": Measure(
-        "average incremental accuracy (mean over rows)",
-        "higher",
-        "mean over the evaluations after each task of the average accuracy at that time",
-        "nothing was evaluated, or a learned task was not",
-        partial(functional.average_incremental_accuracy, every_row=True),
-    ),
-    "forgetting": Measure(
-        "forgetting (peak since learned)",
-        "lower",
-        "mean over old tasks of the best accuracy since the task was learned minus the accuracy now; negative when old"
-        " tasks improved",
-        "there is no old task yet, or a learned task was not evaluated",
-        functional.forgetting,
-    ),
-    "backward_transfer": Measure(
-        "backward transfer (final - learned)",
-        "higher",
-        "mean over old tasks of the accuracy now minus the accuracy right after the task was learned",
-        "there is no old task yet, or a learned task was not evaluated",
-        functional.backward_transfer,
-    ),
-    "learning_accuracy": Measure(
-        "learning accuracy (plasticity)",
-        "higher",
-        "mean over tasks of the accuracy right after the task was learned",
-        "a task was not evaluated right after it was learned",
-        functional.learning_accuracy,
-    ),
-    "stability": Measure(
-        "stability (old tasks, last row)",
-        "higher",
-        "mean over old tasks of the accuracy at the last evaluation",
-        "there is no old task yet, or a learned task was not evaluated",
-        functional.stability,
-    ),
-    "worst_task_accuracy": Measure(
-        "worst task accuracy (last row)",
-        "higher",
-        "smallest accuracy of a learned task at the last evaluation",
-        "nothing was evaluated, or a learned task was not",
-        functional.worst_task_accuracy,
-    ),
-    "forward_transfer": Measure(
-        "forward transfer (before learning - initial row)",
-        "higher",
-        "mean over tasks after the first of the accuracy just before the task was learned minus the accuracy before any"
-        " training",
-        "the initial row or the accuracy just before learning was not measured",
-        functional.forward_transfer,
-    ),
-    "transfer": Measure(
-        "transfer (before learning, column first)",
-        "higher",
-        "mean over tasks after the first of the accuracy at the evaluations before the task was learned; the"
-        " evaluation before any training is not in it",
-        "a task was not evaluated before it was learned",
-        functional.transfer_accuracy,
-    ),
-    "average_all_cells": Measure(
-        "average (all cells)",
-        "higher",
-        "mean of all cells of the matrix, tasks not learned yet included; the evaluation before any training is not in"
-        " it",
-        "a task was not evaluated before it was learned",
-        _average_all_cells,
-    ),
-    "average_accuracy_task_known": Measure(
-        "average accuracy (task known)",
-        "higher",
-        "average accuracy when the choice is among the classes of the image's own task",
-        "nothing was evaluated, or a learned task was not",
-        functional.average_accuracy,
-    ),
-}
-
-
-def _label_measure(name: str, definition: str, compute: Callable[[Sequence[LabelScores]], float]) -> Measure:
-    why = "the stream has one label a sample, no seen class occurs, or the scores are not numbers"
-    return Measure(name, "higher", definition, why, lambda rows: torch.tensor(compute(rows), dtype=torch.float64))
-
-
-LABEL_MEASURES: dict[str, Measure] = {
-    "map": _label_measure("mAP of seen classes (last row)", LABEL_SCORES["map"], lambda rows: rows[-1].map),
-    "average_map": _label_measure(
-        "mAP (mean over rows)", LABEL_SCORES["average_map"], lambda rows: sum(r.map for r in rows) / len(rows)
-    ),
-    "cf1": _label_measure("CF1 (last row)", LABEL_SCORES["cf1"], lambda rows: rows[-1].cf1),
-    "of1": _label_measure("OF1 (last row)", LABEL_SCORES["of1"], lambda rows: rows[-1].of1),
-}
-"""Those of streams with several labels a sample, from the scores of each row."""
-ALL_MEASURES = {**LABEL_MEASURES, **MEASURES}
-HEADLINE = (*list(MEASURES)[:5], "worst_task_accuracy")
-_DOMAINS = ("average_accuracy", "transfer", "average_all_cells", "forgetting", "learning_accuracy")
-_TASK_KNOWN = ("average_accuracy_task_known",)
-
-
-def _says(run: Run, name: str) -> bool:
-    stream = run.meta.get("stream")
-    return isinstance(stream, Mapping) and stream.get(name) is True
-
-
-def headline(runs: Sequence[Run]) -> tuple[str, ...]:
-    """Measures that stand at the top: multi-domain streams have Transfer and Average, others the worst task."""
-    if runs and all(run.labels for run in runs):
-        return (*LABEL_MEASURES, "average_accuracy", "forgetting")
-    of_domains = bool(runs) and all(_says(run, "open_vocabulary") for run in runs)
-    known = bool(runs) and all(_says(run, "task_known") for run in runs)
-    return (_TASK_KNOWN if known else ()) + (_DOMAINS if of_domains else HEADLINE)
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -193,10 +66,10 @@ def measures_of(run: Run) -> dict[str, float]:
         return dict.fromkeys(ALL_MEASURES, math.nan)
     plain = run.accuracy_matrix, run.initial_accuracy
     known = run.accuracy_matrix_task_known, run.initial_accuracy_task_known
-    own_labels = _says(run, "open_vocabulary") and _says(run, "task_known")
+    own_labels = says(run, "open_vocabulary") and says(run, "task_known")
     values = {}
     for name, measure in MEASURES.items():
-        in_task = name in _TASK_KNOWN or (own_labels and name in ("transfer", "average_all_cells"))
+        in_task = name in TASK_KNOWN or (own_labels and name in ("transfer", "average_all_cells"))
         matrix, initial = known if in_task else plain
         values[name] = float(measure.compute(matrix, learned_at=learned_rows(run), initial=initial))
     rows = [run.labels[after] for after in sorted(run.labels)]
@@ -220,8 +93,8 @@ class TaskNumbers:
     initial: list[float]
 
 
-def task_numbers(run: Run) -> TaskNumbers:
-    """What the charts of one run show beside its matrix."""
+def task_numbers(run: Run, multi_label: bool = False) -> TaskNumbers:
+    """What the charts of one run show beside its matrix; the curve over the stream is of what ranks."""
     matrix, learned_at = run.accuracy_matrix, learned_rows(run)
     rows, tasks = matrix.shape
     if rows == 0:
@@ -237,6 +110,9 @@ def task_numbers(run: Run) -> TaskNumbers:
     curve = functional.accuracy_curve(matrix, learned_at=learned_at, every_row=True).tolist()
     measured = (~matrix.isnan()).any(1).nonzero()[:, 0].tolist()
     curve_rows = sorted({*stops, *(row for row in measured if stops and row > stops[0])})
+    if multi_label:
+        curve_rows = sorted(after for after in run.labels if after < rows)
+        curve = [run.labels[after].map for after in curve_rows]
     before = [_mean_before(matrix[:, j], step) for j, step in enumerate(at)]
     return TaskNumbers(
         learned, final, forgotten, waterfall, (stops + extra)[1:], curve, curve_rows, before, _initial(run)
@@ -257,13 +133,20 @@ def _mean_before(column: Tensor, step: int | None) -> float:
 class Group:
     """Runs of one method on one scenario: the replicates of one another.
 
-    ``slot`` numbers the method among those of the page, so that it has one color and sign on all scenarios.
+    ``slot`` numbers the method among those of the page, so that it has one color and sign on all scenarios;
+    ``multi_label`` says that the stream has several labels a sample.
     """
 
     method: str
     scenario: str
     members: list[int] = field(default_factory=list)
     slot: int = 0
+    multi_label: bool = False
+
+    @property
+    def ranking(self) -> str:
+        """Key of the measure that orders and ranks the methods of this scenario."""
+        return ranking_measure(self.multi_label)
 
     @property
     def label(self) -> str:
@@ -272,14 +155,15 @@ class Group:
 
 
 def group_runs(runs: Sequence[Run], values: Sequence[dict[str, float]]) -> list[Group]:
-    """Runs by scenario and method; within a scenario the most accurate method stands first, upper bounds last."""
+    """Runs by scenario and method; within a scenario the best method by what ranks stands first, upper bounds last."""
     groups: dict[tuple[str, str], Group] = {}
-    for index, run in enumerate(runs):
-        method, scenario = str(run.meta.get("method") or run.id), str(run.meta.get("scenario") or "")
-        groups.setdefault((scenario, method), Group(method, scenario)).members.append(index)
+    for index, (run, multi_label) in enumerate(zip(runs, multi_label_runs(runs), strict=True)):
+        method, scenario = str(run.meta.get("method") or run.id), scenario_of(run)
+        own = groups.setdefault((scenario, method), Group(method, scenario, multi_label=multi_label))
+        own.members.append(index)
 
     def key(group: Group) -> tuple[str, bool, float, str]:
-        summary = summarize(group, "average_accuracy", values)
+        summary = summarize(group, group.ranking, values)
         last = all(is_reference(runs[i]) for i in group.members)
         return group.scenario, last, math.inf if summary is None else -summary.mean, group.method
 
@@ -297,7 +181,7 @@ def summarize(group: Group, measure: str, values: Sequence[dict[str, float]]) ->
 
 
 def band_of(group: Group, numbers: Sequence[TaskNumbers]) -> dict[str, list[float]]:
-    """Average accuracy after each task over the runs of a group: rows, mean, and half of the 95 % t interval.
+    """Average accuracy, or mAP, after each task over the runs of a group: rows, mean, and half of the 95 % t interval.
 
     A row counts when it is defined in every run; the half width is NaN below three runs.
     """
@@ -314,18 +198,18 @@ def band_of(group: Group, numbers: Sequence[TaskNumbers]) -> dict[str, list[floa
 
 
 def mean_ranks(runs: Sequence[Run], values: Sequence[dict[str, float]]) -> dict[str, float | None]:
-    """Borda's mean rank of each method by average accuracy, over runs with the same seeds and class order."""
+    """Borda's mean rank of each method over runs with the same seeds and class order, by what ranks on their stream."""
     results = [
         {
             "method": str(run.meta.get("method") or run.id),
-            "scenario": str(run.meta.get("scenario") or ""),
+            "scenario": scenario_of(run),
             "seed": run.meta.get("seed"),
             "order_seed": run.meta.get("order_seed"),
             "class_order": [c for task in run.tasks for c in task.classes],
             "recipe": run.meta.get("recipe"),
-            "average_accuracy": own["average_accuracy"],
+            ranking_measure(multi_label): own[ranking_measure(multi_label)],
         }
-        for run, own in zip(runs, values, strict=True)
+        for run, own, multi_label in zip(runs, values, multi_label_runs(runs), strict=True)
     ]
     comparison = compare_methods(results)
     return {str(r["method"]): comparison.mean_rank(str(r["method"])) for r in results}
@@ -375,11 +259,15 @@ def warnings_of(runs: Sequence[Run], groups: Sequence[Group]) -> list[str]:
         if few and len(runs) > 1:
             notes.append(f"Fewer than 3 runs, so no interval{where}: {', '.join(few)}.")
         members = [runs[i] for g in of_scenario for i in g.members]
-        if any(run.labels for run in members):
+        if any(g.multi_label for g in of_scenario):
             notes.append(
                 f"Accuracies{where} count labels, not images: an image with k labels of seen classes gets k guesses,"
-                " its k highest scores. Forgetting, the matrix and ranks follow them; mAP, CF1 and OF1 count otherwise."
+                " its k highest scores. The matrix and forgetting follow this label accuracy; ranks, the order of"
+                " methods and the charts over the stream follow mAP."
             )
+            without = sum(not run.labels and run.correct.shape[0] > 0 for run in members)
+            if without:
+                notes.append(f"{without} of {len(members)} runs{where} have no mAP recorded and are not ranked.")
         lengths = {int(run.correct.shape[0]) for run in members if not is_reference(run)}
         if len(lengths) > 1:
             notes.append(f"The runs{where} stand at different tasks: {', '.join(map(str, sorted(lengths)))} are done.")

@@ -19,7 +19,8 @@ from cl_plugins.runs import Counts, Run
 
 from ._drift import PREFIX, drift_payload
 from ._inside import inside_payload
-from ._numbers import MEASURES, Group, TaskNumbers, band_of, class_order, steps_of, task_numbers
+from ._measures import measures_for, multi_label_runs
+from ._numbers import Group, TaskNumbers, band_of, class_order, steps_of, task_numbers
 
 _MOST_POINTS = 400
 _MOST_PANELS = 24
@@ -196,7 +197,8 @@ def payload(
 ) -> dict[str, Any]:
     """Everything the page's script shows."""
     content: list[dict[str, Any]] = []
-    numbers = [task_numbers(run) for run in runs]
+    kinds = multi_label_runs(runs)
+    numbers = [task_numbers(run, multi_label) for run, multi_label in zip(runs, kinds, strict=True)]
     orders = order_numbers(runs)
     names: dict[tuple[str, ...], int] = {}
     for index, run in enumerate(runs):
@@ -211,7 +213,8 @@ def payload(
                 "steps": steps_of(run),
                 "learnedAt": run.learned_at,
                 "cells": _cells(run),
-                "measures": {k: _known(values[index][k]) for k in MEASURES},
+                "multiLabel": kinds[index],
+                "measures": {k: _known(values[index][k]) for k in measures_for(kinds[index])},
                 "order": orders[index],
                 **_numbers(numbers[index]),
                 "cost": _cost(run),

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from cl_plugins.runs import Run
 
-from ._numbers import ALL_MEASURES, LABEL_MEASURES, UNDEFINED, Group, cost_of, mean_ranks, number, quantity, summarize
+from ._measures import LABEL_MEASURES, measures_for
+from ._numbers import UNDEFINED, Group, cost_of, mean_ranks, number, quantity, summarize
 
 COLUMNS = (
     *LABEL_MEASURES,
@@ -50,11 +51,19 @@ def _mean(values: Sequence[float]) -> float:
     return sum(finite) / len(finite) if finite else math.nan
 
 
-def table_lines(runs: Sequence[Run], groups: Sequence[Group], values: Sequence[dict[str, float]]) -> list[list[str]]:
-    """Heading and one line a method, as text cells."""
+def tables(runs: Sequence[Run], groups: Sequence[Group], values: Sequence[dict[str, float]]) -> list[list[list[str]]]:
+    """The methods as text cells, the heading first: a table for each kind of stream, so that no column mixes two."""
+    kinds = sorted({group.multi_label for group in groups})
+    return [_lines(runs, [g for g in groups if g.multi_label == kind], values) for kind in kinds]
+
+
+def _lines(runs: Sequence[Run], groups: Sequence[Group], values: Sequence[dict[str, float]]) -> list[list[str]]:
+    """Heading and one line a method of groups of one kind."""
     ranks = mean_ranks(runs, values)
-    columns = [c for c in COLUMNS if c not in OPTIONAL or any(math.isfinite(v[c]) for v in values)]
-    heading = ["method", "scenario", "n", *(ALL_MEASURES[c].name for c in columns), "mean rank (Borda)"]
+    own = [values[i] for g in groups for i in g.members]
+    columns = [c for c in COLUMNS if c not in OPTIONAL or any(math.isfinite(v[c]) for v in own)]
+    names = [measures_for(groups[0].multi_label)[c].name for c in columns]
+    heading = ["method", "scenario", "n", *names, "mean rank (Borda)"]
     lines = [[*heading, "training seconds (mean)", "trainable parameters (max over tasks)"]]
     for group in groups:
         costs = [cost_of(runs[i]) for i in group.members]

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from cl_plugins.compare import MOST_ORDERS, table_rows
-from cl_plugins.comparison import MEASURES, MethodComparison, MethodEntry, ScenarioComparison
+from cl_plugins.comparison import MethodComparison, MethodEntry, ScenarioComparison
+from cl_plugins.label_scores import LABEL_ACCURACY
 from cl_plugins.stats import SeedSummary
 
 from ._fragments import moment
@@ -105,7 +106,7 @@ def _line(entry: MethodEntry, scenario: ScenarioComparison, comparison: MethodCo
     if entry.difference is None:
         cells.append(_two("", ""))
     else:
-        better = (entry.difference.mean > 0) is MEASURES[comparison.measure][1]
+        better = (entry.difference.mean > 0) is comparison.higher_is_better
         kind = "" if not entry.difference.mean else " better" if better else " worse"
         n = entry.difference.n
         cells.append(_two(_amount(entry.difference, signed=True), f"{n} pair{'s' * (n > 1)}", kind))
@@ -119,7 +120,6 @@ def _line(entry: MethodEntry, scenario: ScenarioComparison, comparison: MethodCo
 def _scenario(
     scenario: ScenarioComparison, comparison: MethodComparison, rows: dict[tuple[str, str], dict[str, str]]
 ) -> str:
-    measure = MEASURES[comparison.measure][0]
     base = f"minus {scenario.baseline}" if scenario.baseline else "difference"
     head = '<th scope="col">method</th><th scope="col">runs, mean and interval</th>'
     heads = ("mean ± 95 % t", base, "p (Holm)", "mean rank")
@@ -129,7 +129,8 @@ def _scenario(
     scale = f'<tr class="scale-row"><td></td><td class="strip-cell">{_axis(low, high)}</td></tr>'
     return (
         f'<section class="card wide12"><div class="head"><h2>{name(scenario.scenario)}</h2></div>'
-        f'<p class="about">{text(measure)}. A tick is a run, the dot their mean, the bar the 95 % t interval.</p>'
+        f'<p class="about">{text(scenario.measure_name)}. A tick is a run, the dot their mean, the bar the'
+        " 95 % t interval.</p>"
         f'<div class="scroll"><table class="methods"><thead><tr>{head}</tr></thead><tbody>{body}{scale}</tbody></table>'
         f"</div>{_further(scenario, rows)}{_values(scenario)}</section>"
     )
@@ -138,7 +139,7 @@ def _scenario(
 def _further(scenario: ScenarioComparison, rows: dict[tuple[str, str], dict[str, str]]) -> str:
     """Mean and interval of the other measures."""
     own = [rows[scenario.scenario, e.method] for e in scenario.entries]
-    heads = [h for h in own[0] if h not in ("scenario", "method")]
+    heads = [h for h in own[0] if h not in ("scenario", "method") and any(row[h] for row in own)]
     head = "".join(f'<th scope="col" class="n">{text(h)}</th>' for h in heads)
     body = "".join(
         f'<tr><th scope="row">{name(row["method"])}</th>'
@@ -154,7 +155,7 @@ def _further(scenario: ScenarioComparison, rows: dict[tuple[str, str], dict[str,
 
 def _values(scenario: ScenarioComparison) -> str:
     """Every run's value, method by replicate."""
-    keys = sorted({key for e in scenario.entries for key in e.values}, key=lambda k: (str(k[0]), str(k[1]), k[2]))
+    keys = sorted({key for e in scenario.entries for key in e.values}, key=lambda k: (str(k[0]), str(k[1]), str(k[2])))
     shown = keys[:40]
     heads = "".join(
         f'<th class="n">seed {text(s)}{"" if o in (None, s) else f", order {text(o)}"}</th>' for s, o, _ in shown
@@ -205,9 +206,16 @@ def _ranking(comparison: MethodComparison) -> str:
 
 
 def _definitions(comparison: MethodComparison) -> str:
-    measure, higher = MEASURES[comparison.measure]
+    better = "higher" if comparison.higher_is_better else "lower"
+    on = {s.measure_name: [t.scenario for t in comparison.scenarios if t.measure_name == s.measure_name]
+          for s in comparison.scenarios}  # fmt: skip
     entries = {
-        measure: f"what is compared; {'higher' if higher else 'lower'} is better",
+        name: f"what is compared{' on ' + ', '.join(where) if len(on) > 1 else ''}; {better} is better"
+        for name, where in on.items()
+    }
+    if any(s.multi_label for s in comparison.scenarios):
+        entries["label accuracy"] = LABEL_ACCURACY
+    entries |= {
         "mean ± 95 % t": "mean over runs and half of the t interval; a run is the unit, below 3 there is no interval",
         "difference, pairs": "mean paired difference to the baseline over the runs with the same seed, order seed and"
         " class order, and their number",
@@ -239,7 +247,7 @@ def render_comparison(results: Sequence[dict[str, Any]], comparison: MethodCompa
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{text(heading)}</title><style>{_asset('report.css')}{_asset('comparison.css')}</style></head><body>"
         f'<header><p class="kind">Comparison of methods</p><h1><bdi>{text(heading)}</bdi></h1>'
-        f'<p class="lede">{text(MEASURES[comparison.measure][0])} of {len(results)} runs.</p>'
+        f'<p class="lede">{text(" and ".join(comparison.measure_names))} of {len(results)} runs.</p>'
         + (f'<ul class="notices" role="status">{notes}</ul>' if notes else "")
         + "</header><main>"
         + "".join(_scenario(s, comparison, rows) for s in comparison.scenarios)

@@ -22,7 +22,7 @@ from ._drift import CHARTS
 from ._figures import CHANGE, figures_json
 from ._numbers import group_runs, measures_of
 from ._payload import payload
-from ._table import as_csv, as_latex, as_markdown, table_lines
+from ._table import as_csv, as_latex, as_markdown, tables
 from ._text import embedded_json, text
 
 _SCRIPTS = ("core.js", "charts.js", "compare.js", "methods.js", "inside.js", "main.js")
@@ -67,10 +67,11 @@ def report_content(runs: Sequence[Run], title: str | None = None) -> dict[str, A
         selections += [f"g{index}"] if len(group.members) > 1 else []
         selections += [f"r{i}" for i in group.members]
     data = payload(runs, groups, values, labels)
-    lines = table_lines(runs, groups, values)
+    several = tables(runs, groups, values)
     data["selections"] = selections
     data["change"] = CHANGE
-    data["copies"] = {"CSV": as_csv(lines), "Markdown": as_markdown(lines), "LaTeX": as_latex(lines)}
+    kinds = {"CSV": as_csv, "Markdown": as_markdown, "LaTeX": as_latex}
+    data["copies"] = {kind: "\n".join(map(layout, several)) for kind, layout in kinds.items()}
     heading = title or fragments.default_title(runs, groups)
     return {
         "data": data,
@@ -85,7 +86,8 @@ def report_content(runs: Sequence[Run], title: str | None = None) -> dict[str, A
             "heading": f"<bdi>{text(heading)}</bdi>",
             "tiles": fragments.tiles(runs, groups, values, selections),
             "notices": fragments.notices(runs, groups, labels),
-            "table": fragments.table(lines),
+            "table": fragments.tables(several),
+            "definitions": fragments.definitions(groups),
             "orders": fragments.orders(runs, groups, values),
             "provenance": fragments.provenance(runs, labels),
             "written": f"{len(runs)} run{'s' * (len(runs) != 1)}, written {fragments.moment(time.time())}",
@@ -119,7 +121,6 @@ def render_report(runs: Sequence[Run], title: str | None = None, *, live: bool =
         "policy": text(policy),
         "title": text(content["title"]),
         "css": _asset("report.css"),
-        "definitions": fragments.definitions(),
         "panels": "".join(_PANEL.format(f"panel{i}") for i in range(panels)),
         "confusion": "" if confusion else " hidden",
         "has_transfer": "" if transfer else " hidden",

@@ -69,20 +69,20 @@ const matrix = {
     if (difference && !other) empty("matrix", "there is no other run");
     if (state.mode === "accuracy") {
       heat(plot, v.accuracy, v.rows, v.tasks, cividis, 0, 1, (x) => fmt(x, 2));
-      ramp(scale, cividis, "0", "1", "accuracy");
+      ramp(scale, cividis, "0", "1", words(v).cell);
       this.values = v.accuracy;
     } else if (state.mode === "sd") {
-      const top = stepUp(largest(v.sd));
-      heat(plot, v.sd, v.rows, v.tasks, cividis, 0, top, (x) => fmt(x, 2));
-      ramp(scale, cividis, "0", fmt(top, 2), `standard deviation over ${v.runs.length} runs`);
-      this.values = v.sd;
+      const top = stepUp(largest(v.sd)), several = v.runs.length > 1;
+      this.values = several ? v.sd : new Float64Array(v.rows * v.tasks).fill(NaN);
+      heat(plot, this.values, v.rows, v.tasks, cividis, 0, top, (x) => fmt(x, 2));
+      ramp(scale, cividis, "0", fmt(top, 2), several ? `standard deviation over ${v.runs.length} runs` : "standard deviation");
     } else {
       const values = difference
         ? v.accuracy.map((a, k) => { const i = Math.floor(k / v.tasks), j = k % v.tasks; return other && i < other.rows && j < other.tasks ? a - cell(other, i, j) : NaN; })
         : since(v);
       const top = stepUp(largest(values));
       heat(plot, values, v.rows, v.tasks, PAGE.change, -top, top, (x) => signed(x, 2));
-      ramp(scale, PAGE.change, `-${fmt(top, 2)} worse`, `+${fmt(top, 2)} better`, difference ? "difference in accuracy" : "change since learned");
+      ramp(scale, PAGE.change, `-${fmt(top, 2)} worse`, `+${fmt(top, 2)} better`, difference ? `difference in ${words(v).cell}` : "change since learned");
       this.values = values;
     }
     if (byId("matrix-table").open) this.table();
@@ -99,7 +99,7 @@ const matrix = {
     this.tell(i, j);
   },
   tell(i, j) {
-    const v = view(), k = i * v.tasks + j, lines = [["after", taskName(v, i)], ["accuracy", isNumber(cell(v, i, j)) ? fmt(cell(v, i, j)) : "not measured"]];
+    const v = view(), k = i * v.tasks + j, lines = [["after", taskName(v, i)], [words(v).cell, isNumber(cell(v, i, j)) ? fmt(cell(v, i, j)) : "not measured"]];
     if (v.runs.length === 1 && isNumber(cell(v, i, j))) lines.push(["correct", `${counts(v.runs[0]).correct[k]} of ${counts(v.runs[0]).total[k]}`]);
     if (v.runs.length > 1 && isNumber(v.sd[k])) lines.push([`sd over ${v.runs.length} runs`, fmt(v.sd[k])]);
     const l = v.learnedAt[j];
@@ -159,6 +159,7 @@ const retention = {
     fill(plot, "band", bands);
     fill(plot, "lines", lines);
     fill(plot, "starts", starts);
+    plot.left[0].axis_label = words(v).cell;
     plot.below[0].axis_label = state.axis === "age" ? "tasks since learned" : "after task";
     const pad = Math.max(v.rows * 0.06, 0.25);
     const least = (many ? bands.low : lines.ys.flat()).reduce((a, b) => Math.min(a, b), 1);
@@ -216,6 +217,7 @@ const waterfall = {
     const good = isNumber(start) && merged.every((s) => isNumber(s.change));
     empty("waterfall", good ? "" : v.runs.length > 1 ? "undefined: the runs stand at different tasks or a cell was not measured" : "undefined: a learned task was not evaluated");
     byId("waterfall-about").textContent = "";
+    plot.left[0].axis_label = `${words(v).cell}, mean over tasks`;
     if (good) {
       let level = start, low = start, high = start;
       const add = (x, bottom, top, color, loss, label, data) => {
@@ -225,7 +227,7 @@ const waterfall = {
       };
       for (const s of merged) { level += s.change; low = Math.min(low, level); high = Math.max(high, level); }
       const base = low > 0.35 ? Math.floor((low - 0.06) * 20) / 20 : 0, few = byId("plot-waterfall").clientWidth / (merged.length + 2) > 44;
-      add(0, base, start, css("--level"), false, fmt(start), { title: "learning accuracy", value: fmt(start) });
+      add(0, base, start, css("--level"), false, fmt(start), { title: words(v).learning, value: fmt(start) });
       level = start;
       merged.forEach((s, k) => {
         joins.x0.push(k + 0.36); joins.x1.push(k + 0.64); joins.y0.push(level); joins.y1.push(level);
@@ -235,7 +237,7 @@ const waterfall = {
         level = next;
       });
       joins.x0.push(merged.length + 0.36); joins.x1.push(merged.length + 0.64); joins.y0.push(level); joins.y1.push(level);
-      add(merged.length + 1, base, level, css("--level"), false, fmt(v.measures.average_accuracy), { title: "average accuracy (last row)", value: fmt(v.measures.average_accuracy) });
+      add(merged.length + 1, base, level, css("--level"), false, fmt(v.measures.average_accuracy), { title: words(v).average, value: fmt(v.measures.average_accuracy) });
       const end = merged.length + 1, pixels = (byId("plot-waterfall").clientWidth - 66) / (end + 1.2);
       const every = Math.ceil((merged.some((s) => s.first !== s.last) ? 52 : 26) / pixels), names = new Map([[0, "learned"], [end, "now"]]);
       merged.forEach((s, k) => { if ((k + 1) % every === 0 && Math.min(k + 1, end - k - 1) * pixels > 30) names.set(k + 1, s.first === s.last ? String(s.first) : `${s.first}+`); });
@@ -244,7 +246,7 @@ const waterfall = {
       plot.below[0].axis_label = "change of the mean over tasks while learning task";
       const side = Math.max(0.6, 20 / pixels);
       range(plot, -side, end + side, base, Math.min(high + (high - base) * 0.14 + 0.004, 1.2));
-      byId("waterfall-about").textContent = `What learning each task added to or took from the tasks before it; the bars sum to the average accuracy exactly.${base > 0 ? ` The axis starts at ${fmt(base, 2)}.` : ""}`;
+      byId("waterfall-about").textContent = `What learning each task added to or took from the tasks before it; the bars sum to the ${words(v).average.replace(" (last row)", "")} exactly.${base > 0 ? ` The axis starts at ${fmt(base, 2)}.` : ""}`;
     }
     fillBars(plot, bars, striped);
     fill(plot, "joins", joins);

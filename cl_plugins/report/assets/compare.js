@@ -57,8 +57,10 @@ const plane = {
     const [x0, x1] = fit([...runs.x, ...tasks.x]), [y0, y1] = fit([...runs.y, ...tasks.y]);
     range(plot, x0, x1, y0, y1);
     fill(plot, "diagonal", { x0: [-1], y0: [-1], x1: [2], y1: [2] });
+    plot.below[0].axis_label = `plasticity: ${words(v).cell} when learned`;
+    plot.left[0].axis_label = `stability: ${words(v).cell} now`;
     empty("plane", this.points.length ? "" : "nothing was evaluated yet");
-    byId("plane-about").textContent = "Small dots are tasks of what is shown above, large marks are runs. Below the dashed line accuracy was lost since learning. Dotted: no run is both more plastic and more stable.";
+    byId("plane-about").textContent = `Small dots are tasks of what is shown above, large marks are runs. Below the dashed line ${words(v).cell} was lost since learning. Dotted: no run is both more plastic and more stable.`;
     groupKey(byId("plane-key"));
   },
   near(x, y) {
@@ -75,10 +77,10 @@ const plane = {
     if (!p) return leave();
     if (p.run !== undefined) {
       const r = PAGE.runs[p.run];
-      return tip(`${PAGE.groups[r.group].label}, ${r.label}`, [["learning accuracy", fmt(p.x)], ["stability (old tasks)", fmt(p.y)]]);
+      return tip(`${PAGE.groups[r.group].label}, ${r.label}`, [[words(r).learning, fmt(p.x)], [r.multiLabel ? "stability of label accuracy (old tasks)" : "stability (old tasks)", fmt(p.y)]]);
     }
     focus(p.task, v.rows - 1);
-    return tip(taskName(v, p.task), [["accuracy when learned", fmt(p.x)], ["accuracy now", fmt(p.y)]]);
+    return tip(taskName(v, p.task), [[`${words(v).cell} when learned`, fmt(p.x)], [`${words(v).cell} now`, fmt(p.y)]]);
   },
   mark(j) {
     const p = (this.points ?? []).find((q) => q.task === j);
@@ -113,6 +115,7 @@ const cost = {
     fill(plot, "front", front.length > 1 ? { x: front.map((p) => p.x), y: front.map((p) => p.y) } : { x: [], y: [] });
     const top = Math.max(...this.points.map((p) => p.x), 0) || 1, [y0, y1] = fit(this.points.map((p) => p.y));
     range(plot, -0.03 * top, top * 1.06, y0, y1);
+    plot.left[0].axis_label = words(v).row;
     empty("cost", this.points.length ? "" : "no training time was recorded");
     groupKey(byId("cost-key"));
   },
@@ -126,7 +129,7 @@ const cost = {
     if (!best) return leave();
     const r = PAGE.runs[best.run];
     if (view().members.includes(best.run)) focus(best.row, best.row);
-    return tip(`${PAGE.groups[r.group].label}, ${r.label}`, [["after task", String(best.row)], ["training seconds", amount(best.x)], ["average accuracy (row)", fmt(best.y)]]);
+    return tip(`${PAGE.groups[r.group].label}, ${r.label}`, [["after task", String(best.row)], ["training seconds", amount(best.x)], [words(r).row, fmt(best.y)]]);
   },
   mark(j) {
     const own = new Set(view().members), points = (this.points ?? []).filter((p) => p.row === j && own.has(p.run));
@@ -140,14 +143,15 @@ function bars(name, parts, unit) {
     draw() {
       const v = view(), plot = plots[name], data = { x: [], top: [], bottom: [], color: [] }, striped = [];
       this.byTask = new Map();
+      const costs = v.runs.map((r) => new Map(r.cost.map((c) => [c.task, c])));
       for (let j = 0; j < v.tasks; j++) {
         let level = 0;
         for (const p of parts) {
-          const value = mean(v.runs.map((r) => p.value(r.cost.find((c) => c.task === j) ?? {})));
+          const value = mean(costs.map((own) => p.value(own.get(j) ?? {})));
           if (!isNumber(value)) continue;
           data.x.push(j); data.bottom.push(level); data.top.push(level + value); data.color.push(css(p.color)); striped.push(p.striped === true);
           level += value;
-          this.byTask.set(j, [...(this.byTask.get(j) ?? []), [p.label, `${amount(value)}${unit}`]]);
+          this.byTask.set(j, [...(this.byTask.get(j) ?? []), [p.label, value]]);
         }
       }
       this.top = Math.max(...data.top, 0);
@@ -160,7 +164,7 @@ function bars(name, parts, unit) {
       if (!lines) return leave();
       focus(j, j);
       const kinds = name === "parameters" && view().runs.length === 1 ? Object.entries(view().runs[0].cost.find((c) => c.task === j)?.kinds ?? {}) : [];
-      return tip(taskName(view(), j), [...lines, ...kinds.slice(0, 8).map(([k, n]) => [k, amount(n)])]);
+      return tip(taskName(view(), j), [...lines.map(([label, value]) => [label, `${amount(value)}${unit}`]), ...kinds.slice(0, 8).map(([k, n]) => [k, amount(n)])]);
     },
     mark(j) {
       const on = this.byTask?.has(j);

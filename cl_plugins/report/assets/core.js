@@ -11,7 +11,11 @@ const plots = {};
 const pointer = { x: 0, y: 0 };
 
 const byId = (id) => document.getElementById(id);
-const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const inks = new Map(); // asking for a style is slow, and bars ask once a task
+const css = (name) => {
+  if (!inks.has(name)) inks.set(name, getComputedStyle(document.documentElement).getPropertyValue(name).trim());
+  return inks.get(name);
+};
 const isNumber = (v) => v !== null && Number.isFinite(v);
 const dark = () => matchMedia("(prefers-color-scheme: dark)").matches;
 
@@ -41,12 +45,15 @@ function amount(value) {
   return value.toLocaleString("en-US", { maximumFractionDigits: Math.abs(value) >= 1000 || Number.isInteger(value) ? 0 : Math.abs(value) >= 1 ? 2 : 4 });
 }
 
+/* Counts as signed numbers, four bytes each where they fit; -1 is "not measured". */
 function unpack(packed) {
   if (packed.type === "list") return Float64Array.from(packed.data);
-  const bytes = Uint8Array.from(atob(packed.data), (c) => c.charCodeAt(0));
-  const kind = { u1: Uint8Array, u2: Uint16Array, u4: Uint32Array }[packed.type];
-  const missing = 2 ** (8 * kind.BYTES_PER_ELEMENT) - 1;
-  return Float64Array.from(new kind(bytes.buffer), (v) => (v === missing ? -1 : v));
+  const text = atob(packed.data), bytes = new Uint8Array(text.length);
+  for (let k = 0; k < text.length; k++) bytes[k] = text.charCodeAt(k);
+  const kind = { u1: Uint8Array, u2: Uint16Array, u4: Uint32Array }[packed.type], coded = new kind(bytes.buffer);
+  const missing = 2 ** (8 * kind.BYTES_PER_ELEMENT) - 1, values = new (packed.type === "u4" ? Float64Array : Int32Array)(coded.length);
+  for (let k = 0; k < coded.length; k++) values[k] = coded[k] === missing ? -1 : coded[k];
+  return values;
 }
 
 /* Counts of a run as full matrices, and the accuracies; NaN where not measured. */
@@ -54,7 +61,7 @@ function counts(run) {
   if (run.counts) return run.counts;
   const { rows, tasks, cells } = run;
   const heads = unpack(cells.correct), totals = unpack(cells.total);
-  const correct = new Float64Array(rows * tasks).fill(-1), total = new Float64Array(rows * tasks).fill(-1);
+  const correct = new heads.constructor(rows * tasks).fill(-1), total = new totals.constructor(rows * tasks).fill(-1);
   const accuracy = new Float64Array(rows * tasks).fill(NaN);
   for (let i = 0, k = 0; i < rows; i++) {
     for (let j = 0; j < cells.lengths[i]; j++, k++) {
@@ -72,6 +79,24 @@ function counts(run) {
 const mean = (values) => values.length && values.every(isNumber) ? values.reduce((a, b) => a + b, 0) / values.length : null;
 const meanLists = (lists) => lists.length && lists.every((l) => l.length === lists[0].length) ? lists[0].map((_, k) => mean(lists.map((l) => l[k]))) : [];
 
+/* Mean and standard deviation of each cell over runs. */
+function overRuns(runs, rows, tasks) {
+  const accuracy = new Float64Array(rows * tasks).fill(NaN), sd = new Float64Array(rows * tasks).fill(NaN);
+  const all = runs.map((run) => ({ ...counts(run), rows: run.rows, tasks: run.tasks }));
+  for (let i = 0; i < rows; i++) {
+    for (let j = 0; j < tasks; j++) {
+      let sum = 0, squares = 0;
+      for (const run of all) sum += i < run.rows && j < run.tasks ? run.accuracy[i * run.tasks + j] : NaN;
+      if (!Number.isFinite(sum)) continue;
+      const middle = sum / all.length;
+      accuracy[i * tasks + j] = middle;
+      for (const run of all) squares += (run.accuracy[i * run.tasks + j] - middle) ** 2;
+      sd[i * tasks + j] = Math.sqrt(squares / (all.length - 1));
+    }
+  }
+  return { accuracy, sd };
+}
+
 /* What is shown: one run, or the mean over the runs of a method. */
 const views = new Map();
 function view(selection = state.selection) {
@@ -80,26 +105,15 @@ function view(selection = state.selection) {
   const members = selection[0] === "g" ? PAGE.groups[index].members : [index];
   const runs = members.map((i) => PAGE.runs[i]);
   const rows = Math.max(...runs.map((r) => r.rows)), tasks = Math.max(...runs.map((r) => r.tasks));
-  const accuracy = new Float64Array(rows * tasks).fill(NaN), sd = new Float64Array(rows * tasks).fill(NaN);
-  for (let i = 0; i < rows; i++) {
-    for (let j = 0; j < tasks; j++) {
-      let sum = 0, squares = 0;
-      for (const run of runs) sum += i < run.rows && j < run.tasks ? counts(run).accuracy[i * run.tasks + j] : NaN;
-      if (!Number.isFinite(sum)) continue;
-      const middle = runs.length === 1 ? sum : sum / runs.length;
-      accuracy[i * tasks + j] = middle;
-      if (runs.length < 2) continue;
-      for (const run of runs) squares += (counts(run).accuracy[i * run.tasks + j] - middle) ** 2;
-      sd[i * tasks + j] = Math.sqrt(squares / (runs.length - 1));
-    }
-  }
+  // one run has no deviation; a matrix of a thousand tasks is 8 MB, so none is kept for it
+  const { accuracy, sd } = runs.length === 1 ? { accuracy: counts(runs[0]).accuracy, sd: new Float64Array(0) } : overRuns(runs, rows, tasks);
   const lists = runs.map((r) => PAGE.names[r.names]);
   const names = Array.from({ length: tasks }, (_, j) => {
     const own = new Set(lists.map((l) => l[j]));
     return own.size === 1 ? lists[0][j] ?? `task ${j}` : `task ${j} (differs between runs)`;
   });
   const shown = {
-    selection, members, runs, rows, tasks, steps: Math.max(...runs.map((r) => r.steps)), accuracy, sd, names, learnedAt: runs[0].learnedAt,
+    selection, members, runs, rows, tasks, multiLabel: runs[0].multiLabel, steps: Math.max(...runs.map((r) => r.steps)), accuracy, sd, names, learnedAt: runs[0].learnedAt,
     label: selection[0] === "g" ? `${PAGE.groups[index].label}, mean of ${runs.length} runs` : `${PAGE.groups[runs[0].group].label}, ${runs[0].label}`,
   };
   for (const key of ["learned", "final", "forgotten", "waterfall", "curve", "before", "initial"]) shown[key] = runs.length === 1 ? runs[0][key] : meanLists(runs.map((r) => r[key]));
@@ -108,6 +122,24 @@ function view(selection = state.selection) {
   for (const key of Object.keys(runs[0].measures)) shown.measures[key] = mean(runs.map((r) => r.measures[key]));
   views.set(selection, shown);
   return shown;
+}
+
+/* What is counted and what ranks: with several labels a sample the counts are of labels, and mAP ranks. */
+const ONE_LABEL = { cell: "accuracy", learning: "learning accuracy", average: "average accuracy (last row)", forgetting: "forgetting (peak since learned)", transfer: "Transfer (before learning, column first)", forward: "forward transfer (before learning - initial row)", best: "average_accuracy", last: "average accuracy (last row)", row: "average accuracy (row)" };
+const MANY_LABELS = { cell: "label accuracy", learning: "learning label accuracy", average: "average label accuracy (last row)", forgetting: "forgetting of label accuracy (peak since learned)", transfer: "Transfer of label accuracy (before learning, column first)", forward: "forward transfer of label accuracy (before learning - initial row)", best: "map", last: "mAP of seen classes (last row)", row: "mAP of seen classes (row)" };
+const words = (v) => (v.multiLabel ? MANY_LABELS : ONE_LABEL);
+
+/* Headings and labels of the page's own text, by `data-labels` where samples have several labels. */
+function speak() {
+  const many = view().multiLabel;
+  for (const node of document.querySelectorAll("[data-labels]")) {
+    node.dataset.plain ??= node.textContent;
+    node.textContent = many ? node.dataset.labels : node.dataset.plain;
+  }
+  for (const node of document.querySelectorAll("[data-aria-labels]")) {
+    node.dataset.ariaPlain ??= node.getAttribute("aria-label");
+    node.setAttribute("aria-label", many ? node.dataset.ariaLabels : node.dataset.ariaPlain);
+  }
 }
 
 const taskName = (v, j) => (v.names[j] === `task ${j}` ? `task ${j}` : `${j}: ${v.names[j]}`);
@@ -139,6 +171,7 @@ function image(values, rows, columns) {
 }
 
 function theme() {
+  inks.clear();
   const font = getComputedStyle(document.body).fontFamily, ink = css("--ink"), muted = css("--muted"), grid = css("--grid"), accent = css("--accent");
   for (const plot of Object.values(plots)) {
     for (const axis of [...plot.below, ...plot.left]) {

@@ -6,6 +6,7 @@ const inside = {
     const lines = { xs: [], ys: [], color: [], dash: [], width: [] }, rules = { x0: [], y0: [], x1: [], y1: [] }, labels = { x: [], y: [], text: [], color: [] };
     this.own = own;
     this.points = [];
+    plot.left[0].axis_label = words(v).cell;
     empty("inside", own ? "" : "this run was not evaluated inside its tasks");
     const few = own && own.lines.length <= MOST_LINES;
     for (const line of few ? own.lines : []) {
@@ -47,6 +48,7 @@ const inside = {
     if (own.sampled) parts.push("Old tasks were drawn at random: the band is the 95 % t interval of the mean over all of them.");
     if (d) parts.push(`Deepest dip (stability gap): ${taskName(v, d.task)} fell from ${fmt(d.level)} to ${fmt(d.low)} while ${taskName(v, d.while)} was learned, ${isNumber(d.back) ? `and was back after ${d.back} steps` : "and did not come back before the next switch"}.`);
     if (!own.whole) parts.push("Some evaluations are left out of the chart, none of the numbers.");
+    if (v.multiLabel) parts.push("Every accuracy here is label accuracy; mAP is measured at task ends alone.");
     if (v.runs.length > 1) parts.push(`One run: ${run.label}.`);
     about.textContent = parts.join(" ");
     const table = make("table"), body = make("tbody");
@@ -69,6 +71,6 @@ const inside = {
     if (!p) return leave();
     focus(p.task, -1);
     const v = view();
-    return tip(taskName(v, p.task), [["step", amount(p.x)], ["while learning", taskName(v, p.during)], ["accuracy", fmt(p.y)]]);
+    return tip(taskName(v, p.task), [["step", amount(p.x)], ["while learning", taskName(v, p.during)], [words(v).cell, fmt(p.y)]]);
   },
 };

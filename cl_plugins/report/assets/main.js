@@ -6,11 +6,12 @@ function lede() {
   const v = view(), box = byId("lede"), m = v.measures, say = (t, strong) => box.append(make(strong ? "strong" : "span", t));
   box.replaceChildren();
   if (!v.rows) return say("No task has been evaluated yet.");
-  say(`After ${v.rows} of ${v.steps} tasks the average accuracy (last row) is `);
-  say(fmt(m.average_accuracy), true);
+  say(`After ${v.rows} of ${v.steps} tasks the ${words(v).last} is `);
+  say(fmt(m[words(v).best]), true);
   const worst = v.forgotten.map((f, j) => [f, j]).filter(([f]) => isNumber(f)).sort((a, b) => b[0] - a[0])[0];
   if (!worst || !isNumber(m.forgetting)) return say(".");
-  say("; forgetting (peak since learned) is ");
+  if (v.multiLabel) { say(`; ${words(v).average} is `); say(fmt(m.average_accuracy), true); }
+  say(`; ${words(v).forgetting} is `);
   say(fmt(m.forgetting), true);
   say(" on average over old tasks");
   if (worst[0] <= 0) return say(", and no task is below its peak.");
@@ -58,7 +59,7 @@ function readout() {
   const v = view(), j = state.task, box = byId("readout");
   if (j < 0 || j >= v.tasks) { box.textContent = "Point at a task anywhere to follow it through all charts."; return; }
   const at = state.row >= 0 && state.row < v.rows ? `, after task ${state.row}: ${isNumber(cell(v, state.row, j)) ? fmt(cell(v, state.row, j)) : "not measured"}` : "";
-  box.textContent = `${taskName(v, j)}: learned ${fmt(v.learned[j])}, now ${fmt(v.final[j])}, forgetting ${fmt(v.forgotten[j])}${at}`;
+  box.textContent = `${taskName(v, j)}: ${v.multiLabel ? "label accuracy " : ""}learned ${fmt(v.learned[j])}, now ${fmt(v.final[j])}, forgetting ${fmt(v.forgotten[j])}${at}`;
 }
 function focus(task, row) {
   if (state.pinned || (task === state.task && row === state.row)) return;
@@ -84,7 +85,7 @@ function tasksList() {
 }
 
 function references() {
-  const box = byId("reference"), others = PAGE.selections.filter((s) => s !== state.selection);
+  const box = byId("reference"), others = PAGE.selections.filter((s) => s !== state.selection && view(s).multiLabel === view().multiLabel); // one quantity on an axis
   box.replaceChildren(...others.map((s) => new Option(view(s).label, s)));
   if (!others.includes(state.reference)) state.reference = others[0] ?? "";
   box.value = state.reference;
@@ -93,6 +94,7 @@ function references() {
 
 function draw() {
   const v = view();
+  speak();
   if (state.task >= v.tasks) { state.task = -1; state.pinned = false; }
   for (const tiles of document.querySelectorAll(".tiles")) tiles.hidden = tiles.dataset.selection !== state.selection;
   if (charts.drift0) byId("drift-about").textContent = driftNote(v);

@@ -23,15 +23,16 @@ const stream = {
     const [y0, y1] = fit(this.points.flatMap((p) => [p.y, ...(isNumber(p.half) ? [Math.max(p.y - p.half, 0), Math.min(p.y + p.half, 1)] : [])]), 0.05);
     const last = Math.max(...this.points.map((p) => p.x), 1), first = Math.min(...this.points.map((p) => p.x), last);
     range(plot, first - 0.02 * last, last * 1.03, y0, y1);
+    plot.left[0].axis_label = words(v).row;
     empty("stream", this.points.length ? "" : "nothing was evaluated yet");
-    byId("stream-about").textContent = `Mean over the runs of each method${scenario() ? ` on ${scenario()}` : ""} of the average accuracy over the tasks learned so far; the band is the 95 % t interval, from 3 runs on.`;
+    byId("stream-about").textContent = `Mean over the runs of each method${scenario() ? ` on ${scenario()}` : ""} of the ${v.multiLabel ? "mAP of the classes seen so far" : "average accuracy over the tasks learned so far"}; the band is the 95 % t interval, from 3 runs on.`;
     groupKey(byId("stream-key"));
   },
   hover(x, y) {
     const p = closest(plots.stream, this.points, x, y);
     if (!p) return leave();
     focus(p.x, p.x);
-    const lines = [["after task", String(p.x)], ["average accuracy (row)", `${fmt(p.y)}${isNumber(p.half) ? ` ± ${fmt(p.half)}` : ""}`], ["runs", String(p.n)]];
+    const lines = [["after task", String(p.x)], [words(view()).row, `${fmt(p.y)}${isNumber(p.half) ? ` ± ${fmt(p.half)}` : ""}`], ["runs", String(p.n)]];
     return tip(PAGE.groups[p.group].label, lines);
   },
   mark(j) {
@@ -60,8 +61,8 @@ const orders = {
     for (const g of onTop()) {
       const piles = new Map(), own = v.runs[0].group === g;
       for (const k of PAGE.groups[g].members) {
-        const r = PAGE.runs[k], y = r.measures.average_accuracy;
-        if (!isNumber(y)) continue;
+        const r = PAGE.runs[k], y = r.measures[words(v).best];
+        if (r.multiLabel !== v.multiLabel || !isNumber(y)) continue;
         runs.x.push(r.order); runs.y.push(y); runs.color.push(groupColor(g)); runs.marker.push(groupMarker(g));
         runs.size.push(own ? 12 : 8); runs.alpha.push(own ? 0.85 : 0.3);
         this.points.push({ x: r.order, y, run: k });
@@ -75,6 +76,7 @@ const orders = {
     fill(plot, "runs", runs);
     const [y0, y1] = fit(runs.y), last = Math.max(...runs.x, 1);
     range(plot, -0.3, last + 0.3, y0, y1);
+    plot.left[0].axis_label = words(v).last;
     empty("orders", runs.x.length ? "" : "undefined in all runs");
     byId("orders-about").textContent = "A mark is a run; lines join the means of a method. Orders are numbered by order seed; marks and colors as for the methods over the stream.";
   },
@@ -82,7 +84,7 @@ const orders = {
     const p = closest(plots.orders, this.points, x, y);
     if (!p) return noTip();
     const r = PAGE.runs[p.run];
-    return tip(`${PAGE.groups[r.group].label}, ${r.label}`, [["class order", String(p.x)], ["average accuracy (last row)", fmt(p.y)]]);
+    return tip(`${PAGE.groups[r.group].label}, ${r.label}`, [["class order", String(p.x)], [words(r).last, fmt(p.y)]]);
   },
   mark() {},
 };
@@ -109,8 +111,9 @@ const transfer = {
     fill(plot, "joins", joins);
     const [y0, y1] = fit(points.y);
     range(plot, -0.6, Math.max(v.tasks, 1) - 0.4, y0, y1);
+    plot.left[0].axis_label = words(v).cell;
     empty("transfer", early ? "" : "no task was evaluated before it was learned");
-    byId("transfer-about").textContent = `How well each task was done before it was learned. Transfer (before learning, column first): ${fmt(v.measures.transfer)}; forward transfer (previous row - initial): ${fmt(v.measures.forward_transfer)}.`;
+    byId("transfer-about").textContent = `How well each task was done before it was learned. ${words(v).transfer}: ${fmt(v.measures.transfer)}; ${words(v).forward}: ${fmt(v.measures.forward_transfer)}.`;
     byId("transfer-key").replaceChildren(...this.kinds.map((k) => {
       const entry = make("span"), sign = make("b", k.sign);
       sign.style.color = css(k.color);
