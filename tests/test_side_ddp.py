@@ -113,17 +113,9 @@ def test_batch_statistics_of_two_processes_equal_two_halves_of_one_batch(tmp_pat
     Not so where running statistics, which are the first process's own, act in training: in later tasks of a shared side
     network, and in the earlier side networks that "per_task_dense" reads.
     """
-    (tmp_path / "train.py").write_text(HALVES)
     runs = {}
     for processes in (2, 1):
-        done = subprocess.run(
-            [sys.executable, str(tmp_path / "train.py"), name, regime, str(processes), str(tmp_path)],
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        run_script(HALVES, tmp_path, name, regime, processes, tmp_path)
         files = [tmp_path / f"{processes}-rank{r}.pt" for r in range(processes)]
         runs[processes] = [torch.load(f, weights_only=True) for f in files]
     (alone,), (first, second) = runs[1], runs[2]
