@@ -111,17 +111,9 @@ torch.save({"state": state, "weights": weights, "steps": trainer.global_step, "b
 )
 def test_batch_statistics_of_two_processes_equal_two_halves_of_one_batch(tmp_path, name, regime):
     """Each process normalizes by its own half, so one process that takes the halves in turn must end at its weights."""
-    (tmp_path / "train.py").write_text(HALVES)
     runs = {}
     for processes in (2, 1):
-        done = subprocess.run(
-            [sys.executable, str(tmp_path / "train.py"), name, regime, str(processes), str(tmp_path)],
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        run_script(HALVES, tmp_path, name, regime, processes, tmp_path)
         files = [tmp_path / f"{processes}-rank{r}.pt" for r in range(processes)]
         runs[processes] = [torch.load(f, weights_only=True) for f in files]
     (alone,), (first, second) = runs[1], runs[2]
