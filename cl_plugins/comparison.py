@@ -71,7 +71,7 @@ class MethodEntry:
 
     Attributes:
         method: its name.
-        reference: whether it trains on all tasks at once; such an upper bound is shown but neither ranked nor tested.
+        reference: whether it trains on all tasks at once; such a reference is shown but neither ranked nor tested.
         summary: mean and 95 % t interval; None when the measure is undefined in every run.
         values: the measure by replicate ``(seed, order_seed, class_order)``, undefined runs left out.
         runs: number of runs, those without a value included.
@@ -92,7 +92,7 @@ class MethodEntry:
 
 @dataclass(frozen=True)
 class ScenarioComparison:
-    """All methods on one scenario, the best mean first, upper bounds at the end.
+    """All methods on one scenario, the best mean first, joint references at the end.
 
     Attributes:
         scenario: its name.
