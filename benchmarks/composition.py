@@ -11,6 +11,7 @@ import contextlib
 import io
 import itertools
 import re
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks._common import QUIET, tell
 from cl_plugins import callbacks as library
 from cl_plugins import fit_stream
 from cl_plugins.benchmark import quiet_lightning
@@ -140,12 +143,9 @@ def run(chosen: Sequence[str], **trainer_options: Any) -> Outcome:
         trainer = None
         try:
             trainer = pl.Trainer(
-                **{
-                    "accelerator": "cpu", "max_epochs": 2, "logger": False, "enable_checkpointing": False,
-                    "enable_progress_bar": False, "enable_model_summary": False, **trainer_options,
-                },
+                **{"accelerator": "cpu", "max_epochs": 2, **QUIET, **trainer_options},
                 callbacks=[make(n, Path(folder)) for n in chosen],
-            )  # fmt: skip
+            )
             result = fit_stream(trainer, module, stream())
         except (ValueError, RuntimeError) as error:
             changed = any(not torch.equal(v, module.state_dict()[k]) for k, v in before.items())
@@ -222,14 +222,7 @@ def main() -> None:
     parser.add_argument("page", nargs="?", type=Path, help="a page with the two markers; the terminal when left out")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    text = table()
-    if arguments.page is None:
-        print(text)
-        return
-    page = arguments.page.read_text(encoding="utf-8")
-    head, _, rest = page.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    arguments.page.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}", encoding="utf-8")
+    tell(table(), arguments.page, BEGIN, END)
 
 
 if __name__ == "__main__":

@@ -19,14 +19,18 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks._common import QUIET
 from cl_plugins import fit_stream
 from cl_plugins.backbones import create_backbone
 from cl_plugins.benchmark import quiet_lightning
@@ -114,10 +118,7 @@ def main() -> None:
     steps = Steps()
     with tempfile.TemporaryDirectory() as folder:
         callbacks = [timed(c, steps, spent, calls) for c in (ForgettingTracker(), ForgettingDashboard(folder))]
-        trainer = pl.Trainer(
-            accelerator="cpu", max_epochs=options.epochs, logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False, callbacks=[steps, *callbacks],
-        )  # fmt: skip
+        trainer = pl.Trainer(accelerator="cpu", max_epochs=options.epochs, callbacks=[steps, *callbacks], **QUIET)
         fit_stream(trainer, module, stream)
     every = [second for block in steps.blocks for second in block]
     step = statistics.median(every)

@@ -1,4 +1,4 @@
-"""Plain tuning, fixed decays, balanced averaging and groups of tasks on the six tasks of `instructions`.
+r"""Plain tuning, fixed decays, balanced averaging and groups of tasks on the six tasks of `instructions`.
 
 Every method sees the same tasks in the same order with the same data, so rows compare by seed. `plain` and `groups`
 come from one training: where every task gets a group of its own and starts from the last weights, groups only decide
@@ -9,6 +9,8 @@ where it was.
     python benchmarks/ema_instructions.py
     python benchmarks/ema_instructions.py --seeds 0 1 --methods "groups@0.25" "groups@0.25 + released"
     python benchmarks/ema_instructions.py --seeds 7 --tuned lora --lr 0.005 --methods plain
+    python benchmarks/ema_instructions.py --tasks first-letter last-letter count-vowels drop-vowels \
+        --methods plain groups "groups + released" "groups + horizon 0.5"
 """
 
 from __future__ import annotations
@@ -85,26 +87,33 @@ def record_of(result: StreamResult, groups: TaskGroups | None, stream: Instructi
 def run(method: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """One stream: `plain`, a rule, `groups`, or `groups + <rule>`; `groups@0.2` sets the groups' threshold."""
     a = arguments
-    settings = f"{a.size}_{a.tuned}_{a.lr:g}_{a.train}x{a.epochs}_{a.batch}_{seed}"
+    settings = "_".join([*a.tasks, f"{a.size}_{a.tuned}_{a.lr:g}_{a.train}x{a.epochs}_{a.batch}_{seed}"])
+    shared = () if a.tasks else SHARED  # tasks that share a group do not end in the weights of plain tuning
     file = Path(a.out) / f"{settings}_{method.replace(' ', '')}.json"
     if file.exists():
         record: dict[str, Any] = json.loads(file.read_text())
         return record
     base = create_lm_bytes() if a.size == LM_BYTES["dim"] else pretrained(a.size, a.pretrain, Path(a.out), "cpu")
     stream = InstructionStream(
-        n_train=a.train, n_test=a.test, order_seed=seed, data_seed=seed, batch_size=a.batch, eval_batch_size=a.test
+        n_train=a.train,
+        n_test=a.test,
+        order_seed=seed,
+        data_seed=seed,
+        batch_size=a.batch,
+        eval_batch_size=a.test,
+        tasks=a.tasks or None,
     )
     callbacks: list[Any] = []
     if a.tuned == "lora":
         callbacks.append(LoRA(rank=a.rank, targets=LAYERS, head=False))
     groups, rule = None, method
-    if method in SHARED or method.startswith("groups"):
+    if method in shared or method.startswith("groups"):
         kind, _, rule = method.partition(" + ")
         groups = TaskGroups(InstructionGroups(threshold=float(kind.partition("@")[2] or 0.3)))
         callbacks.append(groups)
     if rule in RULES:
         callbacks.append(BalancedEMA(**RULES[rule], active="after_first" if groups is None else "reused"))
-    saver = StreamCheckpoint(Path(a.out) / f"{settings}_{'plain' if method in SHARED else method.replace(' ', '')}")
+    saver = StreamCheckpoint(Path(a.out) / f"{settings}_{'plain' if method in shared else method.replace(' ', '')}")
     callbacks.append(saver)
     pl.seed_everything(seed, verbose=False)
     trainer = pl.Trainer(
@@ -120,11 +129,11 @@ def run(method: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]
     module = LanguageModule(base, lr=a.lr)
     last = "last" if checkpoint_files(saver.folder) else None
     routed = (
-        {} if method not in SHARED else {"predict": lambda m, batch: stream.predict(m, batch)}
+        {} if method not in shared else {"predict": lambda m, batch: stream.predict(m, batch)}
     )  # ours is not routed
     result = fit_stream(trainer, module, stream, last, seed=seed, **routed)
     record = {**record_of(result, groups, stream), "cpu seconds": time.process_time() - started}
-    if method not in SHARED:
+    if method not in shared:
         file.write_text(json.dumps(record))
         shutil.rmtree(saver.folder)
         return record
@@ -150,6 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="*", default=[*SHARED, *RULES])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--tasks", nargs="*", default=[], help="some of the tasks; without it all six")
     parser.add_argument("--size", type=int, default=LM_BYTES["dim"], help="width; the bundled model at its own")
     parser.add_argument("--pretrain", type=int, default=1500, help="steps of the base model of another width")
     parser.add_argument("--tuned", choices=["all", "lora"], default="all", help="which weights train")

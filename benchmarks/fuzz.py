@@ -304,7 +304,7 @@ def fuzz_checkpoint(rng: random.Random, folder: Path) -> None:
     state = StreamState()
     from cl_plugins.result import StreamResult
 
-    state.begin(_Stream(), StreamResult([]))  # type: ignore[arg-type]
+    state.begin(_Stream(), StreamResult([]))
     saved, _ = state.read(path)
     assert isinstance(saved["task"], int)
     assert isinstance(saved["rows"], dict)
@@ -476,7 +476,7 @@ def attempt(name: str, rng: random.Random) -> bool:
         warnings.simplefilter("ignore")
         try:
             TARGETS[name](rng, Path(folder))
-        except Exception as error:
+        except Exception as error:  # judged next
             if not clear(error):
                 raise
             return False
@@ -504,7 +504,7 @@ def main() -> int:
         started = time.monotonic()
         try:
             counts[name][0 if attempt(name, random.Random(number)) else 1] += 1
-        except Exception as error:
+        except Exception as error:  # counted and told; the exit status is 1
             counts[name][2] += 1
             last = traceback.extract_tb(error.__traceback__)
             ours = [f for f in last if f.filename.startswith(_OURS)]

@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks._common import tell
 from cl_plugins.benchmark import run_benchmark
 from cl_plugins.recipes import recipe_names
 from cl_plugins.scenarios import scenario_info, scenario_names
@@ -111,16 +113,7 @@ def main() -> None:
     parser.add_argument("page", nargs="?", type=Path, help="a page with the two markers; the terminal when left out")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    text = table()
-    if arguments.page is None:
-        print(text)
-        return
-    page = arguments.page.read_text(encoding="utf-8")
-    head, begin, rest = page.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"{arguments.page} must hold the lines {BEGIN} and {END}")
-    arguments.page.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}", encoding="utf-8")
+    tell(table(), arguments.page, BEGIN, END)
 
 
 if __name__ == "__main__":

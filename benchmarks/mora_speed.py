@@ -98,7 +98,10 @@ def measure(total: int, dim: int, out: int, tokens: int, rounds: int, device: st
                 x.grad = None
                 module.zero_grad()
         size = {name: saved_bytes(module, x) for name, module in modules.items()}
-    ratio = lambda a, b: statistics.median(p / q for p, q in zip(seconds[a], seconds[b], strict=True))  # noqa: E731
+
+    def ratio(a, b):
+        return statistics.median(p / q for p, q in zip(seconds[a], seconds[b], strict=True))
+
     return {
         "rank": total,
         "dim": dim,

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks._common import QUIET, tell
 from benchmarks.composition import BEGIN, END, Module, _quiet, images, make
 from benchmarks.processes import BATCH_STATISTICS, teams
 from cl_plugins import fit_stream
@@ -75,14 +76,10 @@ def train(
         trainer = pl.Trainer(
             accelerator=accelerator,
             devices=1,
-            precision=precision,  # type: ignore[arg-type]
+            precision=precision,
             max_epochs=2,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
             callbacks=[make(n, Path(folder)) for n in team],
-            **options,
+            **{**QUIET, **options},
         )
         data = ClassIncremental(images(8, 0), test=images(5, 1), n_tasks=2, batch_size=batch_size, eval_batch_size=7)
         result = fit_stream(trainer, module, data)
@@ -141,7 +138,7 @@ def table(chosen: Sequence[str]) -> str:
         for option in OPTIONS:
             try:
                 cells.append(check(name, option))
-            except Exception as error:
+            except Exception as error:  # a cell of the table says so
                 cells.append(f"FAILED {type(error).__name__}: {str(error)[:200]}")
             print(f"{name:28}{option:16}{cells[-1]}", file=sys.stderr, flush=True)
         lines.append(f"| **{name}** | " + " | ".join(cells) + " |")
@@ -155,12 +152,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(teams()), help="these callbacks only")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    text = table(arguments.only)
-    if arguments.page is None:
-        print(text)
-        return
-    head, _, rest = arguments.page.read_text(encoding="utf-8").partition(BEGIN)
-    arguments.page.write_text(f"{head}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    tell(table(arguments.only), arguments.page, BEGIN, END)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def every_candidate() -> Tensor:
 
 
 def ours(mode: str) -> Callable[[], Tensor]:
-    chosen = VirtualOutliers(mode=mode)  # type: ignore[arg-type]
+    chosen = VirtualOutliers(mode=mode)
 
     def run() -> Tensor:
         out = chosen.synthesize(features, args.classes, noise)

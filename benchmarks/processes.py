@@ -2,6 +2,7 @@
 
     python benchmarks/processes.py                    # starts two processes and one, prints a line per method
     python benchmarks/processes.py --only LoRA OVOR
+    python benchmarks/processes.py --stop 7           # two processes that were stopped against two that were not
     torchrun --nproc-per-node 2 benchmarks/processes.py --worker FOLDER   # one side of it, as a cluster would start it
 
 A process of two takes batches of 4, a single one batches of 8: the sampler deals samples out in turn, so both see the
@@ -29,9 +30,11 @@ from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks._common import QUIET
 from benchmarks.composition import Module, images, make, names
 from cl_plugins import fit_stream
 from cl_plugins.benchmark import quiet_lightning
+from cl_plugins.callbacks import StreamCheckpoint
 from cl_plugins.scenarios import ClassIncremental
 
 BATCH = 8
@@ -56,21 +59,45 @@ def teams() -> dict[str, list[str]]:
     return {**{n: [n] for n in names()}, **TEAMS}
 
 
-def train(team: Sequence[str], folder: Path, **trainer_options: Any) -> dict[str, Any]:
+class _Noise(pl.Callback):
+    """Adds what each process draws to its own samples, so that a resume must bring back the draws of all."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if isinstance(batch, list | tuple) and batch[0].is_floating_point():
+            batch[0].add_(torch.randn_like(batch[0]), alpha=1e-3)
+
+
+class _PowerFailure(pl.Callback):
+    """Ends every process before a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.step:
+            raise InterruptedError
+
+
+def train(
+    team: Sequence[str], folder: Path, processes: int, extra: Sequence[pl.Callback] = (), resume: bool = False
+) -> dict[str, Any]:
     """Weights, counts and files of one run in this process."""
     torch.manual_seed(0)
     module = Module().double()  # what runs before the first fit, such as a distillation, must not round either
+    many: dict[str, Any] = {"devices": processes, "strategy": DDPStrategy(process_group_backend="gloo")}
     trainer = pl.Trainer(
-        **{
-            "accelerator": "cpu", "max_epochs": 2, "logger": False, "enable_checkpointing": False,
-            "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0,
-            "precision": "64-true", **trainer_options,
-        },
-        callbacks=[make(n, folder) for n in team],
-    )  # fmt: skip
+        **{**QUIET, "enable_checkpointing": bool(extra), **(many if processes > 1 else {})},
+        accelerator="cpu",
+        max_epochs=2,
+        num_sanity_val_steps=0,
+        precision="64-true",
+        callbacks=[*(make(n, folder) for n in team), *extra],
+    )
     share = BATCH // trainer.world_size
     data = ClassIncremental(images(8, 0), test=_uneven(), n_tasks=2, batch_size=share, eval_batch_size=3)
-    result = fit_stream(trainer, module, data)
+    if extra:
+        torch.manual_seed(trainer.global_rank)
+    result = fit_stream(trainer, module, data, "last" if resume else None)
     counts = [[r.correct, r.total, r.correct_in_task, r.confusion] for r in result.rows]
     weights: dict[str, Tensor] = {k: v.detach().cpu().clone() for k, v in module.state_dict().items()}
     return {"weights": weights, "counts": counts, "steps": trainer.global_step}
@@ -84,7 +111,20 @@ def _uneven() -> Any:
     return Subset(whole, [i for i in range(24) if i not in (11, 23)])
 
 
-def worker(folder: Path, chosen: Sequence[str]) -> None:
+def stopped(team: Sequence[str], folder: Path, checkpoints: Path, step: int | None, processes: int) -> dict[str, Any]:
+    """As :func:`train`, with noise; with a step, all processes end before it, and new Trainers go on."""
+
+    def extra(*more: pl.Callback) -> list[pl.Callback]:
+        return [_Noise(), *more, StreamCheckpoint(checkpoints, every_n_steps=1)]
+
+    if step is None:
+        return train(team, folder, processes, extra())
+    with contextlib.suppress(InterruptedError):
+        train(team, folder, processes, extra(_PowerFailure(step)))
+    return train(team, folder, processes, extra(), resume=True)
+
+
+def worker(folder: Path, chosen: Sequence[str], stop: int | None = None) -> None:
     """Train every team and write what came of it to ``folder``, one file per rank."""
     torch.set_num_threads(1)
     quiet_lightning()
@@ -92,21 +132,21 @@ def worker(folder: Path, chosen: Sequence[str]) -> None:
     for name in chosen:
         place = folder / f"files-{rank}"
         place.mkdir(exist_ok=True)
-        many: dict[str, Any] = {}
-        if processes > 1:
-            many = {"devices": processes, "strategy": DDPStrategy(process_group_backend="gloo")}
         before = set(place.rglob("*"))
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                outcome: dict[str, Any] = train(teams()[name], place, **many)
+                if stop is None:
+                    outcome: dict[str, Any] = train(teams()[name], place, processes)
+                else:
+                    outcome = stopped(teams()[name], place, folder / f"{name}-saved", stop or None, processes)
         except (ValueError, RuntimeError) as error:
             outcome = {"refused": f"{type(error).__name__}: {error}"}
         outcome["files"] = len(set(place.rglob("*")) - before)
         torch.save(outcome, folder / f"{name}.{rank}.pt")
 
 
-def launch(folder: Path, processes: int, chosen: Sequence[str], timeout: float = 300) -> None:
-    """Start processes as torchrun does and wait for them.
+def launch(folder: Path, processes: int, chosen: Sequence[str], stop: int | None = None, timeout: float = 300) -> None:
+    """Start processes as torchrun does and wait for them; a ``stop`` of 0 is the whole run of :func:`stopped`.
 
     Raises:
         RuntimeError: with the end of what a failed process printed.
@@ -121,6 +161,7 @@ def launch(folder: Path, processes: int, chosen: Sequence[str], timeout: float =
     if processes == 1:
         common = {k: v for k, v in common.items() if k not in ("WORLD_SIZE", "TORCHELASTIC_RUN_ID")}
     command = [sys.executable, "-W", "ignore", __file__, "--worker", str(folder), "--only", *chosen]
+    command += [] if stop is None else ["--stop", str(stop)]
     started = []
     for rank in range(processes):
         ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"} if processes > 1 else {}
@@ -168,14 +209,46 @@ def compare(name: str, one: Path, two: Path) -> str | float:
     return max(gaps)
 
 
+def compare_resumed(name: str, whole: Path, resumed: Path) -> str | int:
+    """How many tensors of the resumed processes differ from the whole run's; a text when both refused.
+
+    Raises:
+        AssertionError: when a process ends with other counts or steps.
+    """
+    different = 0
+    for rank in (0, 1):
+        a, b = (torch.load(f / f"{name}.{rank}.pt", weights_only=True) for f in (whole, resumed))
+        if "refused" in a or "refused" in b:
+            assert a.get("refused") == b.get("refused"), f"{name}: {a.get('refused')} and {b.get('refused')}"
+            return str(a["refused"])
+        assert (a["counts"], a["steps"]) == (b["counts"], b["steps"]), f"{name}: other counts or steps"
+        assert a["weights"].keys() == b["weights"].keys(), f"{name}: other weights"
+        different += sum(not torch.equal(v, b["weights"][k]) for k, v in a["weights"].items())
+    return different
+
+
 def main() -> None:
     """Run both and compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worker", type=Path, help="train in this process and write to this folder")
     parser.add_argument("--only", nargs="+", default=list(teams()), help="these only")
+    parser.add_argument(
+        "--stop", type=int, help="stop two processes before this step, resume, compare with two that ran on"
+    )
     arguments = parser.parse_args()
     if arguments.worker is not None:
-        worker(arguments.worker, arguments.only)
+        worker(arguments.worker, arguments.only, arguments.stop)
+        return
+    if arguments.stop is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            whole, resumed = Path(folder) / "whole", Path(folder) / "resumed"
+            launch(whole, 2, arguments.only, 0)
+            launch(resumed, 2, arguments.only, arguments.stop)
+            for name in arguments.only:
+                try:
+                    print(f"{name:40}{compare_resumed(name, whole, resumed)}")
+                except AssertionError as error:
+                    print(f"{name:40}DIFFERS {error}")
         return
     with tempfile.TemporaryDirectory() as folder:
         one, two = Path(folder) / "one", Path(folder) / "two"
@@ -190,5 +263,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent.parent))
     main()

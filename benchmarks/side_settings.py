@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks._common import QUIET
 from cl_plugins import fit_stream
 from cl_plugins.benchmark import build_callbacks, quiet_lightning
 from cl_plugins.recipes import load_recipe
@@ -68,11 +72,8 @@ def main() -> None:
         trainer = pl.Trainer(
             accelerator="cpu",
             max_epochs=options.epochs,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
             callbacks=build_callbacks(recipe),
+            **QUIET,
         )
         result = fit_stream(trainer, build_module(recipe, stream), stream, seed=options.seed)
         seconds = time.process_time() - started

@@ -88,7 +88,7 @@ class LinearAdapters(MaskedHead):
         return not any(
             isinstance(m, TextClassifier)
             or hasattr(m, "encode_text")
-            or (callable(getattr(m, "can_generate", None)) and m.can_generate())  # type: ignore[operator]
+            or (callable(can := getattr(m, "can_generate", None)) and can())
             for m in module.modules()
         )
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from cl_plugins.attach import EvalGuard, freeze, plugin_modules
+from cl_plugins.attach import EvalGuard, OwnFeature, freeze, plugin_modules
 from cl_plugins.backbones import find_backbone
 from cl_plugins.heads import find_head, head_mask, protect_rows
 from cl_plugins.plugin import ContinualCallback
@@ -124,9 +124,12 @@ class FrozenBackbone(MaskedHead):
         return find_head(module, find_backbone(module, self.backbone, text=True), self.head)[1]
 
     def install(self, module: nn.Module) -> None:
-        """Freeze all but the classifier and hook the mask to it."""
+        """Freeze all but the classifier, hook the mask to it and give it features in memory of their own."""
         super().install(module)
-        freeze_backbone(module, self.find(module), self.backbone)
+        head, plugins = self.find(module), plugin_modules(module)
+        if "own_feature" not in plugins:
+            plugins["own_feature"] = OwnFeature(head)
+        freeze_backbone(module, head, self.backbone)
 
     def own_parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """The classifier's weight and bias."""

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from cl_plugins._lightning import callbacks_of, datamodule_of
 from cl_plugins.evaluation import Predict, default_predict, evaluation_tasks, learned_after
 from cl_plugins.inside_tasks import InsideRow, InsideTasks, sorted_rows
 from cl_plugins.plugin import ContinualCallback, Row, plugins_of
@@ -128,7 +129,8 @@ class ContinualEvaluation(ContinualCallback):
             return [*draw_tasks(old, self.tasks, self.seed, step), *range(old, seen)]
         if isinstance(self.tasks, str):
             return list(range(seen))
-        reach = len(evaluation_tasks(self._stream)) if getattr(self._stream, "open_vocabulary", False) else seen  # type: ignore[arg-type]
+        assert self._stream is not None
+        reach = len(evaluation_tasks(self._stream)) if getattr(self._stream, "open_vocabulary", False) else seen
         return sorted(t for t in self.tasks if t < reach)
 
     def _open(self, trainer: pl.Trainer, tasks: Sequence[int]) -> PooledLoader:
@@ -147,8 +149,7 @@ class ContinualEvaluation(ContinualCallback):
         return self._loader
 
     def _predict(self, trainer: pl.Trainer) -> Predict:
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        told = next((c.predict for c in callbacks if isinstance(c, StreamState)), None)
+        told = next((c.predict for c in callbacks_of(trainer) if isinstance(c, StreamState)), None)
         if told is not None:
             return told
         own: Predict = getattr(self._stream, "predict", default_predict)
@@ -234,7 +235,7 @@ class ContinualEvaluation(ContinualCallback):
         if row.after < 0:
             return
         if self._stream is None:
-            self._take(trainer.datamodule)  # type: ignore[attr-defined]
+            self._take(datamodule_of(trainer))
         started = time.perf_counter()
         seen = self._known(row.after)[1]
         tasks = list(range(seen)) if isinstance(self.tasks, int) else self.choose(row.after, trainer.global_step)
@@ -261,7 +262,7 @@ class ContinualEvaluation(ContinualCallback):
         """Go on from the step of a resume."""
         super().on_train_start(trainer, pl_module)
         if self._stream is None:
-            self._take(trainer.datamodule)  # type: ignore[attr-defined]
+            self._take(datamodule_of(trainer))
         self._step = trainer.global_step
         self._tell(trainer, pl_module)
 

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from cl_plugins import functional
-from cl_plugins.backbones import find_backbone
-from cl_plugins.drift import DriftRow, recency_of_row, size_by_kind
-from cl_plugins.evaluation import (
-    Predict,
-    default_predict,
-    evaluating,
-    evaluation_tasks,
-    forward_setting,
-    learned_after,
-    seen_classes,
-    split_batch,
-)
-from cl_plugins.heads import find_head
+from cl_plugins._lightning import callbacks_of
+from cl_plugins.drift import DriftRow, drift_events, recency_of_row, size_by_kind
+from cl_plugins.drift_probe import read_probe
+from cl_plugins.evaluation import Predict, default_predict, evaluation_tasks, learned_after, seen_classes
 from cl_plugins.plugin import ContinualCallback, Row, plugins_of
 from cl_plugins.result import StreamResult
 from cl_plugins.stream_state import StreamState, same_randomness
@@ -31,7 +23,6 @@ if TYPE_CHECKING:
 
     from cl_plugins.task import Stream
 
-_MOST_TASKS = 20
 _CONFIDENCE, _CORRECT = 0, 1
 
 
@@ -137,7 +128,8 @@ class DriftTracker(ContinualCallback):
         learned = [t.index for t in tasks if t.index < count]
         before = learned_after(stream, row.after - 1) if row.after else 0
         undefined: dict[str, str] = {}
-        features, judged, reason = self._pass(trainer, module, stream, row.after)
+        seen, predict = seen_classes(stream, row.after), self._predict(trainer, stream)
+        features, judged, reason = read_probe(trainer, module, stream, self.probe, predict, seen, self.head)
         numbers: dict[str, Any] = {"effective_rank": None, "cka_first": None, "cka_previous": None}
         if features is None:
             undefined |= dict.fromkeys(numbers, reason)
@@ -169,7 +161,7 @@ class DriftTracker(ContinualCallback):
                 drift[j] = now - at[j]
         methods = [p.state_dict() for p in plugins_of(trainer) if p.training != "neutral"]
         counts, sizes = size_by_kind(module, self._trained, methods)
-        plain = {k: _plain(v) for k, v in numbers.items()}
+        plain = {k: None if v is None or math.isnan(v) else float(v) for k, v in numbers.items()}
         for name, value in plain.items():
             if value is None:
                 undefined.setdefault(name, "the features are constant")
@@ -182,142 +174,12 @@ class DriftTracker(ContinualCallback):
     def _error(self, judged: Tensor) -> float:
         return float(functional.expected_calibration_error(judged[:, _CONFIDENCE], judged[:, _CORRECT], self.bins))
 
-    def _batches(self, stream: Stream, rank: int, world: int) -> Iterator[tuple[int, int, Iterable[Any]]]:
-        """Task, most samples of this process, batches; task -1 for a probe set of the user."""
-        if not isinstance(self.probe, int):
-            yield -1, 1 << 62, self.probe
-            return
-        tasks = list(evaluation_tasks(stream))
-        if len(tasks) > _MOST_TASKS:
-            places = torch.linspace(0, len(tasks) - 1, _MOST_TASKS).round().long().tolist()
-            tasks = [tasks[k] for k in places]
-        for task in tasks:
-            wanted = range(rank, -(-self.probe // len(tasks)), world)  # as the loaders split the samples
-            yield task.index, len(wanted), stream.test_loader(task.index)
-
     def _predict(self, trainer: pl.Trainer, stream: Stream) -> Predict:
         """How the stream's own evaluation predicts."""
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         own: Predict = getattr(stream, "predict", default_predict)
-        told = next((c.predict for c in callbacks if isinstance(c, StreamState)), None)
+        told = next((c.predict for c in callbacks_of(trainer) if isinstance(c, StreamState)), None)
         predict = own if told is None else told
         if predict == own:
             for plugin in plugins_of(trainer):
                 predict = plugin.predictor(predict)
         return predict
-
-    def _pass(
-        self, trainer: pl.Trainer, module: pl.LightningModule, stream: Stream, after: int
-    ) -> tuple[Tensor | None, dict[int, Tensor], str]:
-        """Features ``(samples, dim)`` or None with the reason; per task confidence and correctness ``(samples, 2)``."""
-        device, precision, move = forward_setting(module, trainer)
-        seen, predict = seen_classes(stream, after).to(device), self._predict(trainer, stream)
-        shared = trainer.world_size > 1 and torch.distributed.is_initialized()
-        world = trainer.world_size if shared and isinstance(self.probe, int) else 1
-        taken: list[Tensor] = []
-        head, reason = self._find_head(module)
-        handle = head.register_forward_pre_hook(_keep(taken)) if head is not None else None
-        features: list[Tensor] = []
-        judged: dict[int, Tensor] = {}
-        try:
-            with evaluating(module), precision:
-                for task, most, batches in self._batches(stream, trainer.global_rank if world > 1 else 0, world):
-                    table, found, why = _read(module, batches, most, move, predict, seen, taken)
-                    reason = reason or why
-                    if world > 1:
-                        table, found = _interleave(table, device), _interleave(found, device)
-                    judged[task] = table
-                    features.append(found)
-        finally:
-            if handle is not None:
-                handle.remove()
-        if not reason and sum(map(len, features)) < 2:
-            reason = "fewer than 2 samples in the probe set"
-        return (None if reason else torch.cat(features)), judged, reason
-
-    def _find_head(self, module: nn.Module) -> tuple[nn.Module | None, str]:
-        if self.head is not None:
-            return find_head(module, None, self.head)[1], ""
-        try:
-            return find_head(module, find_backbone(module))[1], ""
-        except ValueError as error:
-            return None, f"no feature to read: {error}"
-
-
-def _keep(taken: list[Tensor]) -> Callable[..., None]:
-    """A hook that keeps the classifier's input."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        taken.append(args[0].detach())
-
-    return hook
-
-
-def _read(
-    module: nn.Module,
-    batches: Iterable[Any],
-    most: int,
-    move: Callable[[Any], Any],
-    predict: Predict,
-    seen: Tensor,
-    taken: list[Tensor],
-) -> tuple[Tensor, Tensor, str]:
-    """Confidence and correctness ``(samples, 2)`` and features of the first ``most`` samples, on the CPU."""
-    judged, features, reason, count = [torch.zeros(0, 2)], [], "", 0
-    for raw in batches:
-        if count >= most:
-            break
-        batch = move(raw)
-        taken.clear()
-        logits = predict(module, batch)[:, : len(seen)].float()
-        labels = split_batch(batch)[1]
-        if len(taken) == 1 and taken[0].ndim == 2 and len(taken[0]) == len(labels):
-            features.append(taken[0][: most - count].float().cpu())
-        else:
-            reason = reason or f"the classifier must run once per batch on one vector per sample, it ran {len(taken)} x"
-        if labels.ndim == 1:
-            share, named = logits.masked_fill(~seen[: logits.shape[1]], -torch.inf).softmax(1).max(1)
-            judged.append(torch.stack([share, (named == labels).float()], 1)[: most - count].cpu())
-        count += len(labels)
-    return torch.cat(judged), torch.cat(features) if features else torch.zeros(0, 0), reason
-
-
-def _interleave(local: Tensor, device: torch.device) -> Tensor:
-    """Rows of all processes in the order of the data set, of which sample i is with process ``i % world``."""
-    world = torch.distributed.get_world_size()
-    shape = torch.tensor([len(local), local.shape[1]], device=device)
-    shapes = [torch.zeros_like(shape) for _ in range(world)]
-    torch.distributed.all_gather(shapes, shape)
-    lengths, width = [int(s[0]) for s in shapes], max(int(s[1]) for s in shapes)
-    padded = torch.zeros(max(lengths), width, device=device)
-    if len(local):
-        padded[: len(local)] = local.to(device)
-    parts = [torch.zeros_like(padded) for _ in range(world)]
-    torch.distributed.all_gather(parts, padded)
-    whole = torch.stack(parts, 1)
-    held = torch.arange(len(padded))[:, None] < torch.tensor(lengths)[None, :]
-    return whole[held.to(device)].cpu()
-
-
-def _plain(value: Any) -> float | None:
-    number = None if value is None else float(value)
-    return number if number is not None and number == number else None
-
-
-def drift_events(row: DriftRow) -> list[dict[str, Any]]:
-    """A measurement as events of the run store: a number or a line per chart."""
-    events: list[dict[str, Any]] = []
-
-    def tell(name: str, **values: Any) -> None:
-        known = {k: v for k, v in values.items() if v is not None}
-        if known:
-            events.append({"name": f"drift/{name}", "task": row.after, **known})
-
-    tell("effective rank", value=row.effective_rank)
-    tell("linear CKA", first=row.cka_first, previous=row.cka_previous)
-    tell("expected calibration error", value=row.calibration_error)
-    tell("task confusion", task_error=row.task_error, recency_bias=row.recency_bias, recency_pull=row.recency_pull)
-    tell("memory by kind", unit="bytes", **row.bytes)
-    if row.calibration_drift:
-        tell("calibration drift per task", x=list(row.calibration_drift), values=list(row.calibration_drift.values()))
-    return events

@@ -26,7 +26,7 @@ from cl_plugins.adapters.ladder import Drop, Gate, LadderSide, check_layers, kep
 from cl_plugins.adapters.side_bank import Regime, Routing, check_choice
 from cl_plugins.adapters.side_pruning import canonical_weights, fisher_importance, initialize_ladder
 from cl_plugins.backbones import Backbone, find_backbone
-from cl_plugins.cached_stream import uncached
+from cl_plugins.cached_rows import uncached
 from cl_plugins.evaluation import default_predict, evaluating, split_batch, to_device
 from cl_plugins.plugin import module_device
 from cl_plugins.side_network import SideNetwork

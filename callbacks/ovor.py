@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from cl_plugins._processes import of_all_processes
 from cl_plugins.attach import plugin_modules
 from cl_plugins.evaluation import split_batch
 from cl_plugins.features import collect_features
@@ -94,7 +95,7 @@ class OVOR(OnePrompt):
         self._in_head_epoch = False
         self._features: list[Tensor] = []
         self._labels: list[Tensor] = []
-        self._restored = False
+        self._saved: list[list[Tensor]] = []
         self._rates: list[Any] = []
         self._history: dict[int, list[tuple[int, HeadPhase]]] = {}
 
@@ -189,11 +190,13 @@ class OVOR(OnePrompt):
         """Go on with a head epoch that a checkpoint interrupted."""
         super().on_train_start(trainer, pl_module)
         self._set_mode(pl_module, trainer.current_epoch >= self._first_head_epoch)
+        if self._saved:  # inside an epoch the loader refuses another number of processes
+            self._features, self._labels = ([part] for part in self._saved[trainer.global_rank])
+            self._saved = []
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Turn to the head phase when its first epoch begins."""
-        if not self._restored:  # Lightning also calls this inside an epoch, when a resumed run was stopped once more
-            self._forget(pl_module)
+        self._forget(pl_module)
         self._set_mode(pl_module, trainer.current_epoch >= self._first_head_epoch)
 
     def on_train_batch_start(
@@ -256,13 +259,13 @@ class OVOR(OnePrompt):
             trainer.should_stop = True
 
     def state_dict(self) -> dict[str, Any]:
-        """The reported means, and in one process the features of a head epoch under way, so that it resumes exactly."""
+        """The reported means and the features of a head epoch under way, those of every process, which all call it."""
         state: dict[str, Any] = {
             "epochs": {task: [epoch for epoch, _ in phases] for task, phases in self._history.items()},
             "means": {task: torch.stack([torch.stack(m) for _, m in phases]) for task, phases in self._history.items()},
         }
-        if self._features and not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-            state["features"], state["labels"] = torch.cat(self._features).cpu(), torch.cat(self._labels).cpu()
+        if self._features:
+            state["head_epoch"] = of_all_processes([torch.cat(self._features).cpu(), torch.cat(self._labels).cpu()])
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -271,9 +274,7 @@ class OVOR(OnePrompt):
             task: [(epoch, HeadPhase(*row)) for epoch, row in zip(epochs, state_dict["means"][task], strict=True)]
             for task, epochs in state_dict["epochs"].items()
         }
-        if "features" in state_dict:
-            self._features, self._labels = [state_dict["features"]], [state_dict["labels"]]
-        self._restored = "features" in state_dict
+        self._saved = state_dict.get("head_epoch", [])
 
     def _tap(self, module: nn.Module) -> FeatureTap:
         tap = plugin_modules(module)["feature_tap"]
@@ -284,7 +285,7 @@ class OVOR(OnePrompt):
         self._in_head_epoch = self._tap(module).on = self.prompt(module).frozen = head_epoch
 
     def _forget(self, module: nn.Module) -> None:
-        self._features, self._labels, self._restored = [], [], False
+        self._features, self._labels = [], []
         self._tap(module).clear()
 
 

@@ -21,7 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from cl_plugins.feature_groups import FeatureGroups
-from cl_plugins.instruction_groups import InstructionGroups, Match, task_texts
+from cl_plugins.group_match import Match
+from cl_plugins.grouped_prediction import predict_by_group
+from cl_plugins.instruction_groups import InstructionGroups, task_texts
 from cl_plugins.module_average import ParameterFilter
 from cl_plugins.plugin import ContinualCallback, plugins_of
 from cl_plugins.task import Stream, Task
@@ -180,16 +182,7 @@ class TaskGroups(ContinualCallback):
             if not self.weights:
                 return predict(module, batch)  # an evaluation before any training
             groups = list(self.groups.allocate_samples(batch["instructions"]) if allocate is None else allocate(batch))
-            logits: Tensor | None = None
-            for group in sorted(set(groups)):
-                rows = [i for i, g in enumerate(groups) if g == group]
-                with self.weights_of(module, group):
-                    part = predict(module, _rows(batch, rows, len(groups)))
-                if logits is None:
-                    logits = part.new_empty(len(groups), part.shape[1])
-                logits[rows] = part
-            assert logits is not None
-            return logits
+            return predict_by_group(predict, module, batch, groups, self.weights_of)
 
         return chosen
 
@@ -275,14 +268,11 @@ class TaskGroups(ContinualCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Codebook, weights of the groups and the present decision."""
-        match = self._match
         return {
             "groups": self.groups.state_dict(),
             "weights": [dict(w) for w in self.weights],
             "fresh": self._fresh,
-            "match": None
-            if match is None
-            else {**vars(match), "scores": list(match.scores), "texts": list(match.texts)},
+            "match": None if self._match is None else self._match.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -291,19 +281,4 @@ class TaskGroups(ContinualCallback):
         self.weights = [dict(w) for w in state_dict["weights"]]
         self._fresh = state_dict["fresh"]
         saved = state_dict["match"]
-        if saved is not None:
-            saved = Match(**{**saved, "scores": tuple(saved["scores"]), "texts": tuple(saved["texts"])})
-        self._match = saved
-
-
-def _rows(batch: Any, rows: list[int], size: int) -> Any:
-    """The rows of a batch of tensors and lists, nested as it is."""
-    if isinstance(batch, Tensor):
-        return batch[rows]
-    if isinstance(batch, dict):
-        return {k: _rows(v, rows, size) for k, v in batch.items()}
-    if isinstance(batch, tuple | list):
-        if len(batch) == size and not any(isinstance(item, Tensor) for item in batch):
-            return [batch[i] for i in rows]
-        return type(batch)(_rows(item, rows, size) for item in batch)
-    return batch
+        self._match = None if saved is None else Match.from_state_dict(saved)

@@ -15,9 +15,15 @@ from cl_plugins.feature_cache import tensor_digest
 _PROBE = 8
 
 
+def count_samples(images: DataLoader[Any]) -> int:
+    """Samples of a loader's data."""
+    data: Any = images.dataset  # torch's Dataset declares no length
+    return len(data)
+
+
 def in_order(images: DataLoader[Any], view: int, limit: int | None = None) -> DataLoader[Any]:
     """All samples of a loader's data in order, as the epoch ``view`` sees them."""
-    n = len(images.dataset)  # type: ignore[arg-type]
+    n = count_samples(images)
     size = images.batch_size or 64
     starts = range(0, n if limit is None else min(limit, n), size if limit is None else limit)
     batches = [[view * n + p for p in range(s, min(s + (limit or size), n))] for s in starts]
@@ -36,7 +42,7 @@ def _collated(dataset: Any, samples: Any) -> Any:
 def fingerprint(images: DataLoader[Any], view: int) -> str:
     """Digest of the first inputs and of the number of samples: tells another transform, order or data set."""
     inputs, labels = split_batch(next(iter(in_order(images, view, limit=_PROBE))))
-    n = torch.tensor(len(images.dataset))  # type: ignore[arg-type]
+    n = torch.tensor(count_samples(images))
     named = inputs if isinstance(inputs, dict) else {"inputs": inputs}
     tensors = [(k, v) for k, v in sorted(named.items()) if isinstance(v, Tensor)]
     return tensor_digest([*tensors, ("labels", labels), ("n", n)])

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 
 def read_text(path: Path) -> str:
@@ -47,9 +49,23 @@ def load_tensors(path: Path) -> Any:
         raise FileNotFoundError(f"there must be a file {str(path)!r}, got none")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch names a dozen types for damaged bytes
+    except Exception as error:  # damaged bytes raise a dozen types, OSError among them
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
         raise ValueError(
             f"{str(path)!r} must be a whole checkpoint of tensors and plain values, got one that is damaged or holds"
             f" other objects ({reason}); go on from an earlier one"
         ) from error
+
+
+def read_safetensors(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a safetensors file.
+
+    Raises:
+        ValueError: for a damaged file.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            names = file.keys()  # the file itself is no mapping
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, ValueError, OverflowError) as error:
+        raise ValueError(f"`path` must be a whole safetensors file, got {str(path)!r}: {error}") from error

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from cl_plugins._reading import read_safetensors
 
 if TYPE_CHECKING:
     from cl_plugins.plugin import ContinualCallback
@@ -117,14 +118,9 @@ def export_adapters(module: nn.Module, callbacks: Sequence[ContinualCallback], p
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    metadata, tensors = read_safetensors(path)
     try:
-        with safe_open(str(path), framework="pt") as file:
-            text = (file.metadata() or {}).get(_HEADER)
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it is no mapping
-    except (SafetensorError, ValueError, OverflowError) as error:
-        raise ValueError(f"`path` must be a whole safetensors file, got {str(path)!r}: {error}") from error
-    try:
-        header = json.loads(text or "")
+        header = json.loads(metadata.get(_HEADER, ""))
     except (ValueError, RecursionError):
         header = None
     kinds = {"format": int, "methods": list, "base": int, "plain": dict}

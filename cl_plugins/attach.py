@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 
@@ -75,6 +76,47 @@ class EvalGuard(nn.Module):
     def remove(self) -> None:
         """Let the model follow its parent's mode again."""
         self._handle.remove()
+
+
+def own_memory(feature: Tensor) -> Tensor:
+    """``feature``, copied where it is a view that keeps more than itself in memory, as a class token does all tokens.
+
+    Example:
+        >>> tokens = torch.zeros(2, 197, 192)
+        >>> own_memory(tokens[:, 0]).untyped_storage().nbytes(), own_memory(tokens) is tokens  # 2 * 192 * 4
+        (1536, True)
+    """
+    compiling = torch.compiler.is_compiling()  # a compiled graph cannot ask for a storage's size
+    view = compiling or feature.untyped_storage().nbytes() > feature.numel() * feature.element_size()
+    return feature.clone() if view else feature
+
+
+class OwnFeature(nn.Module):
+    """Gives a classifier a feature in memory of its own, so that its weight's gradient keeps nothing else alive.
+
+    Args:
+        head: the classifier; a forward pre-hook on it copies what is a view of more.
+
+    Example:
+        >>> head, given = nn.Linear(4, 2), []
+        >>> own = OwnFeature(head)
+        >>> _ = head.register_forward_pre_hook(lambda head, args: given.append(args[0].untyped_storage().nbytes()))
+        >>> _ = head(torch.zeros(3, 5, 4)[:, 0])
+        >>> given  # 3 * 4 * 4 bytes, not 5 times as many
+        [48]
+    """
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self._handle = head.register_forward_pre_hook(_own)
+
+    def remove(self) -> None:
+        """Give the classifier its input as it is again."""
+        self._handle.remove()
+
+
+def _own(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(own_memory(a) for a in args)
 
 
 class CallCheck:

@@ -2,14 +2,13 @@
 
 A batch holds row ids, an int64 vector, where the images were. The module passes it on to its backbone, whose tap
 (:class:`cl_plugins.taps.BackboneTaps`) answers with the stored taps and feature. So side networks, closed-form heads,
-head tuning and evaluation all run on the cache, and the user's module stays as it is.
-
-    row id = entry * 2^32 + row
+head tuning and evaluation all run on the cache, and the user's module stays as it is. The ids themselves and their
+loaders are those of :mod:`cl_plugins.cached_rows`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -17,15 +16,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
-from cl_plugins._cache_inputs import fingerprint, in_order
+from cl_plugins._cache_inputs import count_samples, fingerprint, in_order
 from cl_plugins.adapters.side_bank import SideBank
 from cl_plugins.attach import plugin_modules
 from cl_plugins.backbones import Backbone
+from cl_plugins.cache_entry import CacheEntry
+from cl_plugins.cached_rows import CachedRows, read_rows, rows_loader
 from cl_plugins.closed_form import ClosedFormHead
 from cl_plugins.evaluation import evaluating, split_batch, to_device
-from cl_plugins.feature_cache import CacheEntry, CacheKey, FeatureCache, tensor_digest
+from cl_plugins.feature_cache import CacheKey, FeatureCache, each_once, tensor_digest
 from cl_plugins.features import DepthTap, feature
 from cl_plugins.heads import HeadMask
 from cl_plugins.plugin import module_device
@@ -33,48 +34,7 @@ from cl_plugins.side_network import TapRecord
 from cl_plugins.taps import backbone_taps
 from cl_plugins.task import Stream
 
-_SHIFT = 32
 _BEHIND = (SideBank, HeadMask, ClosedFormHead)  # modules that the feature does not depend on
-
-
-class CachedRows(Dataset[Any]):
-    """Row ids and labels of a split, a whole batch at once.
-
-    Args:
-        entries: number of the entry of each view.
-        labels: ``(samples,)``.
-
-    Example:
-        >>> rows = CachedRows([0, 3], torch.tensor([5, 6]))
-        >>> rows.__getitems__([1, 2])[0].tolist()  # sample 1 of view 0, sample 0 of view 1, which is entry 3
-        [1, 12884901888]
-    """
-
-    def __init__(self, entries: Sequence[int], labels: Tensor) -> None:
-        self.entries = torch.as_tensor(list(entries), dtype=torch.int64)
-        self.labels = labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, numbers: int | list[int]) -> tuple[Tensor, Tensor]:
-        return self.__getitems__([numbers] if isinstance(numbers, int) else numbers)
-
-    def __getitems__(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Ids and labels of a batch; a number is ``epoch * len(self) + position``."""
-        asked = torch.as_tensor(numbers, dtype=torch.int64)
-        rows = asked % len(self)
-        views = (asked // len(self)) % len(self.entries)
-        return (self.entries[views] << _SHIFT) + rows, self.labels[rows]
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
-
-
-def uncached(loader: Any) -> Any:
-    """The loader of images behind a cached one; any other loader as it is."""
-    return getattr(loader, "images", loader)
 
 
 class CachedStream:
@@ -161,30 +121,11 @@ class CachedStream:
                 f" {type(images.sampler).__name__}; use a TaskStream of cl_plugins.scenarios"
             )
         numbers = [self._entry(images, split, view) for view in range(views)]
-        rows = CachedRows(numbers, self._entries[numbers[0]].labels)
-        options: dict[str, Any] = {"collate_fn": _as_is, "generator": images.generator}
-        if images.batch_size is None:
-            options |= {"batch_size": None, "sampler": images.sampler}
-        elif type(images.batch_sampler) is torch.utils.data.BatchSampler:
-            options |= {"batch_size": images.batch_size, "sampler": images.sampler, "drop_last": images.drop_last}
-        else:
-            options |= {"batch_sampler": images.batch_sampler}
-        loader = type(images)(rows, **options)
-        loader.images = images
-        return loader
+        return rows_loader(images, CachedRows(numbers, self._entries[numbers[0]].labels))
 
     def read(self, ids: Tensor) -> tuple[TapRecord, Tensor]:
         """Taps and features of row ids ``(batch,)``, on the ids' device."""
-        device, ids = ids.device, ids.cpu()
-        entries, rows = ids >> _SHIFT, ids & ((1 << _SHIFT) - 1)
-        present: list[int] = sorted(set(entries.tolist()))
-        if len(present) == 1:
-            arrays = self._entries[present[0]].read(rows, device)
-        else:
-            parts = [(entries == e, self._entries[e]) for e in present]
-            order = torch.cat([chosen.nonzero()[:, 0] for chosen, _ in parts]).argsort().to(device)
-            read = [entry.read(rows[chosen], device) for chosen, entry in parts]
-            arrays = {name: torch.cat([r[name] for r in read])[order] for name in read[0]}
+        arrays = read_rows(self._entries, ids)
         taps = {int(name[4:]): value for name, value in arrays.items() if name.startswith("tap.")}
         for name, depth in self._depths():
             if f"{name}.0" in arrays:
@@ -255,7 +196,7 @@ class CachedStream:
         entry = self.cache.open(key)
         if entry is None:
             batches = self._compute(in_order(images, view))
-            entry = self.cache.fill(key, batches, len(images.dataset))  # type: ignore[arg-type]
+            entry = self.cache.fill(key, batches, count_samples(images))
         return entry
 
     def _arrays(self) -> tuple[str, ...]:
@@ -316,17 +257,9 @@ class CachedStream:
         tensors = [(n, t) for n, t in sorted(named.items()) if id(t) not in head and isinstance(t, Tensor)]
         versions = tuple((n, t.data_ptr(), t._version) for n, t in tensors)
         if self._digest is None or self._digest[0] != versions:
-            self._digest = (versions, tensor_digest(_unique(tensors)))
+            self._digest = (versions, tensor_digest(each_once(tensors)))
             self._checked = False
         return self._digest[1]
-
-
-def _unique(tensors: Sequence[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
-    """Each tensor once, under its shortest name, so that a wrapper around the backbone changes no digest."""
-    by_id: dict[int, tuple[str, Tensor]] = {}
-    for name, tensor in sorted(tensors, key=lambda item: len(item[0])):
-        by_id.setdefault(id(tensor), (name, tensor))
-    return sorted(by_id.values(), key=lambda item: item[0])
 
 
 @contextmanager

@@ -25,9 +25,12 @@ def checkpoint_files(folder: str | Path) -> list[Path]:
         >>> checkpoint_files("no such folder")
         []
     """
-    path = Path(folder)
-    found = [(int(m[1]), p) for p in (path.iterdir() if path.is_dir() else ()) if (m := _NAME.fullmatch(p.name))]
-    return [p for _, p in sorted(found)]
+    return [p for _, p in _numbered(Path(folder))]
+
+
+def _numbered(folder: Path) -> list[tuple[int, Path]]:
+    names = folder.iterdir() if folder.is_dir() else ()
+    return sorted((int(m[1]), p) for p in names if (m := _NAME.fullmatch(p.name)))
 
 
 def sha256(path: Path) -> str:
@@ -105,8 +108,8 @@ def publish(folder: str | Path, task: int, step: int, write: Callable[[Path], No
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    old = checkpoint_files(target)
-    number = 1 + max((int(_NAME.fullmatch(p.name)[1]) for p in old), default=-1)  # type: ignore[index]
+    old = _numbered(target)
+    number = 1 + max((n for n, _ in old), default=-1)
     path = target / f"stream-{number:06d}-task-{task}-step-{step}.ckpt"
     temporary, sums = target / f".{path.name}.{os.getpid()}.tmp", _sums(path)
     try:
@@ -115,7 +118,7 @@ def publish(folder: str | Path, task: int, step: int, write: Callable[[Path], No
         sums.write_text(f"{sha256(temporary)}  {path.name}\n", encoding="ascii")
         _sync(sums)
         temporary.replace(path)
-    except BaseException:
+    except BaseException:  # Ctrl-C as well leaves nothing half-written
         temporary.unlink(missing_ok=True)
         if not path.exists():
             sums.unlink(missing_ok=True)

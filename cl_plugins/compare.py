@@ -120,7 +120,7 @@ def _comparison_cells(comparison: MethodComparison) -> dict[tuple[str, str], dic
 
 def _difference(entry: MethodEntry) -> str:
     if entry.reference:
-        return "upper bound"
+        return "joint reference"
     return "" if entry.difference is None else f"{_decimals(entry.difference)} (n = {entry.difference.n})"
 
 

@@ -71,7 +71,7 @@ class MethodEntry:
 
     Attributes:
         method: its name.
-        reference: whether it trains on all tasks at once; such an upper bound is shown but neither ranked nor tested.
+        reference: whether it trains on all tasks at once; such a reference is shown but neither ranked nor tested.
         summary: mean and 95 % t interval; None when the measure is undefined in every run.
         values: the measure by replicate ``(seed, order_seed, class_order)``, undefined runs left out.
         runs: number of runs, those without a value included.
@@ -92,7 +92,7 @@ class MethodEntry:
 
 @dataclass(frozen=True)
 class ScenarioComparison:
-    """All methods on one scenario, the best mean first, upper bounds at the end.
+    """All methods on one scenario, the best mean first, joint references at the end.
 
     Attributes:
         scenario: its name.
@@ -173,8 +173,9 @@ def _replicate(result: Mapping[str, Any]) -> Replicate:
 
 def _value(result: Mapping[str, Any], measure: str) -> float | None:
     value = result.get(measure)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if number else None  # type: ignore[arg-type]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
 
 
 def _entries(
@@ -235,11 +236,13 @@ def _mismatches(entries: Mapping[str, MethodEntry], where: str) -> list[str]:
 
 
 def _best(entries: Mapping[str, MethodEntry], higher: bool) -> str | None:
-    known = [e for e in entries.values() if e.summary is not None and e.values and not e.reference]
-    if len(known) < 2:
-        return None
     sign = -1 if higher else 1
-    return min(known, key=lambda e: (sign * e.summary.mean, e.method)).method  # type: ignore[union-attr]
+    known = [
+        (sign * e.summary.mean, e.method)
+        for e in entries.values()
+        if e.summary is not None and e.values and not e.reference
+    ]
+    return min(known)[1] if len(known) >= 2 else None
 
 
 def _tested(entry: MethodEntry, base: MethodEntry) -> MethodEntry:
@@ -346,9 +349,9 @@ def compare_methods(
         bases.append(base)
         if base is not None:
             tables[index] = {m: _tested(entry, table[base]) for m, entry in table.items()}
-    tested = [(i, m) for i, table in enumerate(tables) for m, e in table.items() if e.p_value is not None]
-    adjusted = holm([tables[i][m].p_value for i, m in tested])  # type: ignore[misc]
-    for (i, m), p in zip(tested, adjusted, strict=True):
+    tested = [(i, m, e.p_value) for i, table in enumerate(tables) for m, e in table.items() if e.p_value is not None]
+    adjusted = holm([p for _, _, p in tested])
+    for (i, m, _), p in zip(tested, adjusted, strict=True):
         e = tables[i][m]
         tables[i][m] = MethodEntry(m, e.reference, e.summary, e.values, e.runs, e.difference, e.p_value, p)
     pairs = [e.difference.n for t in tables for e in t.values() if e.difference is not None]

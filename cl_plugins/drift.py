@@ -160,3 +160,22 @@ def size_by_kind(
     for tensor in _tensors(state):
         take(tensor, "callbacks")
     return counts, sizes
+
+
+def drift_events(row: DriftRow) -> list[dict[str, Any]]:
+    """A measurement as events of the run store: a number or a line per chart."""
+    events: list[dict[str, Any]] = []
+
+    def tell(name: str, **values: Any) -> None:
+        known = {k: v for k, v in values.items() if v is not None}
+        if known:
+            events.append({"name": f"drift/{name}", "task": row.after, **known})
+
+    tell("effective rank", value=row.effective_rank)
+    tell("linear CKA", first=row.cka_first, previous=row.cka_previous)
+    tell("expected calibration error", value=row.calibration_error)
+    tell("task confusion", task_error=row.task_error, recency_bias=row.recency_bias, recency_pull=row.recency_pull)
+    tell("memory by kind", unit="bytes", **row.bytes)
+    if row.calibration_drift:
+        tell("calibration drift per task", x=list(row.calibration_drift), values=list(row.calibration_drift.values()))
+    return events

@@ -96,7 +96,7 @@ class Rule:
         if steps is None or steps < 1:
             raise ValueError(
                 f"`steps` must be the number of steps of the task for rule 'horizon', got {steps!r};"
-                " set the Trainer's `max_epochs`, or choose rule 'fixed'"
+                " set the Trainer's `max_epochs`, give `steps` to `watch`, or choose rule 'fixed' or 'released'"
             )
         return float(1.0 - self.keep ** (1.0 / steps))
 
@@ -113,11 +113,19 @@ RULES: dict[str, Rule] = {
 }
 
 
+def _constants_of(name: str) -> tuple[str, ...]:
+    """The constants that a rule reads, and that another rule would leave unread."""
+    balanced = {"released": "kappa", "toolbox": "kappa", "dimension_free": "rho"}
+    if name in ("fixed", "horizon"):
+        return ("decay",) if name == "fixed" else ("keep",)
+    return (*((balanced[name],) if name in balanced else ()), "mu", "fallback", "on_overflow", "on_nonfinite")
+
+
 def make_rule(name: str = "released", **changes: Any) -> Rule:
     """A named rule with some constants changed; a change that is None keeps the rule's own constant.
 
     Raises:
-        ValueError: for an unknown name or a value out of range.
+        ValueError: for an unknown name, a value out of range, or a constant that the rule does not read.
 
     Example:
         >>> make_rule("toolbox").fallback
@@ -127,7 +135,12 @@ def make_rule(name: str = "released", **changes: Any) -> Rule:
     """
     if name not in RULES:
         raise ValueError(f"`rule` must be one of {', '.join(RULES)}, got {name!r}{did_you_mean(str(name), RULES)}")
-    return replace(RULES[name], **{k: v for k, v in changes.items() if v is not None})
+    given = {k: v for k, v in changes.items() if v is not None}
+    own = _constants_of(name)
+    for constant in given:
+        if constant not in own:
+            raise ValueError(f"`{constant}` must be left out for rule {name!r}, which reads {', '.join(own)}")
+    return replace(RULES[name], **given)
 
 
 def balanced_weight(

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from cl_plugins.instruction_groups import InstructionGroups, Match, check_threshold
+from cl_plugins.group_match import Match, check_threshold
+from cl_plugins.instruction_groups import InstructionGroups
 from cl_plugins.text_similarity import Array, clean_texts, cosines
 
 log = logging.getLogger(__name__)

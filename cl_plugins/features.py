@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 from torch.utils.hooks import RemovableHandle
 
+from cl_plugins.attach import own_memory
 from cl_plugins.evaluation import evaluating, split_batch, to_device
 from cl_plugins.plugin import module_device
 from cl_plugins.taps import BackboneTaps
@@ -21,12 +22,12 @@ class _Captured(Exception):
 
 
 def _capture(store: list[Tensor], module: nn.Module, args: tuple[Any, ...]) -> None:
-    store.append(args[0].detach())
+    store.append(own_memory(args[0].detach()))
     raise _Captured
 
 
 def feature(module: nn.Module, head: nn.Module, inputs: Any) -> Tensor:
-    """What ``head`` is given for ``inputs``, ``(batch, dim)``; nothing behind the head is computed.
+    """What ``head`` is given for ``inputs``, ``(batch, dim)``, in memory of its own; nothing behind it is computed.
 
     Raises:
         RuntimeError: when the forward pass never reaches the head.

@@ -16,12 +16,12 @@ import json
 import logging
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from cl_plugins.group_match import Match, check_threshold
 from cl_plugins.task import Task
 from cl_plugins.text_similarity import (
     Array,
@@ -36,31 +36,7 @@ from cl_plugins.text_similarity import (
 
 log = logging.getLogger(__name__)
 
-THRESHOLDS = {"strict": 0.90, "loose": 0.30}
-"""Thresholds of the released code for ``"tfidf-pair"``: one wording per task, and many wordings per task."""
-
 _BUILT_IN = ("tfidf-pair", "tfidf-corpus")
-
-
-@dataclass(frozen=True)
-class Match:
-    """A decision about one task or one set of texts.
-
-    Attributes:
-        group: index of the chosen group, from 0; the number of groups when a new one is due.
-        scores: similarity to each group.
-        expanded: whether a new group is due.
-        reason: the decision in words, with its numbers.
-        texts: distinct texts it was made on.
-        matched: whether the best score reached the threshold.
-    """
-
-    group: int
-    scores: tuple[float, ...]
-    expanded: bool
-    reason: str
-    texts: tuple[str, ...] = ()
-    matched: bool = True
 
 
 def task_texts(task: Task, prompt: str = "a photo of a {}") -> list[str]:
@@ -92,8 +68,9 @@ class InstructionGroups:
     Args:
         encoder: ``"tfidf-pair"`` (released), ``"tfidf-corpus"``, or a callable that maps n texts to ``(n, dim)``
             vectors, such as ``SentenceTransformer(...).encode``.
-        threshold: similarity from which a group is reused, in [-1, 1], or a key of :data:`THRESHOLDS`. TF-IDF
-            defaults to ``"loose"``; an encoder needs a value of its own, see :func:`suggest_threshold`.
+        threshold: similarity from which a group is reused, in [-1, 1], or a key of
+            :data:`~cl_plugins.group_match.THRESHOLDS`. TF-IDF defaults to ``"loose"``; an encoder needs a value
+            of its own, see :func:`suggest_threshold`.
         reduce: ``"mean"`` over all pairs (released) or ``"max"``.
         unmatched: group of a test text below the threshold: ``"best"``, ``"last"`` (released), or ``"error"``.
         max_texts: distinct texts per task that are compared and kept; more are thinned out by ``seed``.
@@ -313,21 +290,3 @@ class InstructionGroups:
     def load(self, path: str | Path) -> None:
         """Read what :meth:`save` wrote."""
         self.load_state_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-
-
-def check_threshold(threshold: float | str | None, own_scale: bool) -> float:
-    """The threshold as a number; None means the released one, where the scale of similarities is the released one."""
-    if threshold is None:
-        if own_scale:
-            raise ValueError(
-                "`threshold` must be given with an encoder of your own, since each has its own scale, got None;"
-                " suggest_threshold(...) finds one from a few tasks"
-            )
-        threshold = "loose"
-    if isinstance(threshold, str):
-        if threshold not in THRESHOLDS:
-            raise ValueError(f"`threshold` must be a number or one of {', '.join(THRESHOLDS)}, got {threshold!r}")
-        return THRESHOLDS[threshold]
-    if not -1.0 <= threshold <= 1.0:
-        raise ValueError(f"`threshold` must be in [-1, 1], got {threshold!r}")
-    return float(threshold)

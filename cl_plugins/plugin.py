@@ -7,7 +7,6 @@ hand-written loop calls the same four; the hooks below call them at the right mo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from cl_plugins._lightning import Callback
+from cl_plugins._lightning import Callback, callbacks_of, datamodule_of
 from cl_plugins.attach import CallCheck
 from cl_plugins.composition import check_composition
 from cl_plugins.label_scores import LabelScores
@@ -173,7 +172,7 @@ class ContinualCallback(Callback):
         if plugins and plugins[0] is self:
             check_composition(plugins, pl_module)
         self.install(pl_module)
-        stream: Any = getattr(trainer, "datamodule", None)
+        stream = datamodule_of(trainer)
         if stage == "fit" and self._task is None and isinstance(getattr(stream, "task", None), int):
             self.on_task_start(trainer, pl_module, stream.tasks[stream.task])
 
@@ -226,8 +225,7 @@ class ContinualCallback(Callback):
 
 def plugins_of(trainer: pl.Trainer) -> list[ContinualCallback]:
     """The continual-learning callbacks of a Trainer, in its order."""
-    callbacks: Sequence[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    return [c for c in callbacks if isinstance(c, ContinualCallback)]
+    return [c for c in callbacks_of(trainer) if isinstance(c, ContinualCallback)]
 
 
 def tell_row(trainer: pl.Trainer, module: pl.LightningModule, row: Row) -> None:

@@ -72,8 +72,8 @@ class _Pool(Dataset[Any]):
 
     def __init__(self, loaders: Mapping[int, DataLoader[Any]]) -> None:
         self.tasks = sorted(loaders)
-        self.parts = [(loaders[t].dataset, loaders[t].collate_fn) for t in self.tasks]
-        sizes = [len(dataset) for dataset, _ in self.parts]  # type: ignore[arg-type]
+        self.parts: list[tuple[Any, Any]] = [(loaders[t].dataset, loaders[t].collate_fn) for t in self.tasks]
+        sizes = [len(dataset) for dataset, _ in self.parts]
         self.task_of = np.array(self.tasks, np.int64)
         # data sets that can be read as one: a run of few samples costs as much as a whole batch otherwise
         join = getattr(self.parts[0][0], "joined", None)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from cl_plugins._lightning import Callback
+from cl_plugins._lightning import Callback, callbacks_of
 from cl_plugins.checkpoint_files import checkpoint_files, damage, newest_intact
 from cl_plugins.composition import check_composition
 from cl_plugins.evaluation import Predict, default_predict, drawn_columns, evaluate_tasks
@@ -118,13 +118,13 @@ def _refuse_strategy(trainer: pl.Trainer) -> None:
 def _initial_states(trainer: pl.Trainer) -> dict[int, dict[str, Any]]:
     return {
         id(c): copy.deepcopy(c.state_dict())
-        for c in trainer.callbacks  # type: ignore[attr-defined]
+        for c in callbacks_of(trainer)
         if any(base.__name__ in _RESET_BETWEEN_TASKS for base in type(c).__mro__)
     }
 
 
 def _restore_states(trainer: pl.Trainer, states: dict[int, dict[str, Any]]) -> None:
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer):
         if id(callback) in states:
             callback.load_state_dict(copy.deepcopy(states[id(callback)]))
 
@@ -145,10 +145,23 @@ def start_task(trainer: pl.Trainer, module: pl.LightningModule, stream: Stream, 
     _refuse_strategy(trainer)
     check_composition(plugins_of(trainer), module)
     stream.task = index
-    trainer.fit_loop.epoch_progress.reset()  # without it a second fit does nothing, silently
+    _begin_anew(trainer)
     with task_seed(seed, index):
         for plugin in plugins_of(trainer):
             plugin.on_task_start(trainer, module, stream.tasks[index])
+
+
+def _begin_anew(trainer: pl.Trainer) -> None:
+    """The Trainer's loops as before a first fit; its optimizer steps go on counting."""
+    epochs, batches = trainer.fit_loop, trainer.fit_loop.epoch_loop
+    epochs.epoch_progress.reset()  # without it a second fit does nothing, silently
+    if batches.restarting:
+        # a checkpoint of Lightning's own from behind the last step: its fit ended before it could count that step
+        batches.batch_progress.total.completed = batches.batch_progress.total.ready
+        batches._batches_that_stepped += 1
+    epochs.restarting = False
+    for loop in (epochs, batches, batches.val_loop):
+        loop.on_iteration_done()
 
 
 def end_task(
@@ -196,8 +209,7 @@ def _needs_fit(plugins: list[ContinualCallback]) -> bool:
 
 
 def _checkpoints(trainer: pl.Trainer) -> list[StreamCheckpoint]:
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    return [c for c in callbacks if isinstance(c, StreamCheckpoint)]
+    return [c for c in callbacks_of(trainer) if isinstance(c, StreamCheckpoint)]
 
 
 def find_checkpoint(trainer: pl.Trainer, ckpt_path: str | Path) -> Path:
@@ -306,12 +318,13 @@ def fit_stream(
     own_predict = predict is default_predict
     if own_predict:
         predict = getattr(stream, "predict", default_predict)
-    state = next((c for c in trainer.callbacks if isinstance(c, StreamState)), None)  # type: ignore[attr-defined]
+    callbacks = callbacks_of(trainer)
+    state = next((c for c in callbacks if isinstance(c, StreamState)), None)
     if state is None:
         state = StreamState()
-        trainer.callbacks.insert(0, state)  # type: ignore[attr-defined]
-    if not any(isinstance(c, _LossGuard) for c in trainer.callbacks):  # type: ignore[attr-defined]
-        trainer.callbacks.insert(0, _LossGuard())  # type: ignore[attr-defined]  # before what saves
+        callbacks.insert(0, state)
+    if not any(isinstance(c, _LossGuard) for c in callbacks):
+        callbacks.insert(0, _LossGuard())  # before what saves
     result = StreamResult.for_stream(stream)
     state.begin(stream, result)
     state.predict = predict
@@ -339,7 +352,7 @@ def fit_stream(
         initial = _initial_states(trainer)
         if between is not None:
             restore_between(trainer, module, stream, between, plugins)
-            state.restore_random_states()
+            state.restore_random_states(trainer)
             resume = between = None
         for index in range(first, len(stream.tasks)):
             _restore_states(trainer, initial)

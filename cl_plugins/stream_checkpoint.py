@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cl_plugins._lightning import Checkpoint
+from cl_plugins._lightning import Checkpoint, callbacks_of, datamodule_of
 from cl_plugins.adapter_export import check_owned, export_adapters
 from cl_plugins.checkpoint_files import publish
 from cl_plugins.plugin import plugins_of
@@ -42,8 +42,9 @@ class StreamCheckpoint(Checkpoint):
     """Saves everything that a stream needs to go on as if it had never been stopped.
 
     WHEN: at the end of each task, behind its evaluation, so that nothing is evaluated twice; inside a task every so
-    many optimizer steps or minutes; and once when SIGTERM arrives, as from Slurm or a spot instance: then the process
-    ends with status 143. A SIGTERM behind the last batch of a task waits for the end of the task's evaluation. Resume
+    many optimizer steps or minutes, behind all that callbacks and module do at the end of the batch; and once when
+    SIGTERM arrives, as from Slurm or a spot instance: then the process ends with status 143. What falls on an epoch's
+    last step waits until the next epoch begins, behind the validation, or until the task's evaluation is done. Resume
     with ``fit_stream(..., ckpt_path="last")``.
 
     Args:
@@ -90,6 +91,7 @@ class StreamCheckpoint(Checkpoint):
         self.last: Path | None = None
         """The file that was written last by this object."""
         self._told_to_stop = False
+        self._waiting = False
         self._step = 0
         self._saved_at = time.monotonic()
 
@@ -143,7 +145,7 @@ class StreamCheckpoint(Checkpoint):
         """Take the signal over from Lightning, which would end training without saving."""
         if self.adapters:
             check_owned(pl_module, plugins_of(trainer))
-        self._step = trainer.global_step
+        self._step, self._waiting = trainer.global_step, False
         if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) != self._handler:
             signal.signal(signal.SIGTERM, self._handler)
 
@@ -160,10 +162,36 @@ class StreamCheckpoint(Checkpoint):
             late = time.monotonic() - self._saved_at >= 60 * self.every_n_minutes
             due = due or bool(trainer.strategy.broadcast(late))
         stop = self._must_stop(trainer)
-        if due or stop:
-            self.save_inside(trainer)
+        if not (due or stop):
+            return
+        if trainer.is_last_batch or trainer.should_stop:
+            self._waiting = True  # resumed from here, Lightning would leave out what belongs to the epoch's end
+        else:
+            _behind_the_module(pl_module, lambda: self._save(trainer, stop))
+
+    def save_before_epoch(self, trainer: pl.Trainer) -> None:
+        """Save what waits, before anything has been told that an epoch begins; StreamState calls it, on every process.
+
+        Epoch 0 has nothing to save: the task before is saved behind its evaluation.
+        """
+        stop = trainer.current_epoch > 0 and self._must_stop(trainer)
+        if not (self._waiting or stop):
+            return
+        self._waiting = False
+        progress = trainer.fit_loop.epoch_progress
+        counts = (progress.total, progress.current)
+        for count in counts:
+            count.ready -= 1  # Lightning has counted the epoch already; a resumed run counts it itself
+        try:
+            self._save(trainer, stop)
+        finally:
+            for count in counts:
+                count.ready += 1
+
+    def _save(self, trainer: pl.Trainer, stop: bool) -> None:
+        self.save_inside(trainer)
         if stop:
-            self._stop(int(getattr(trainer.datamodule, "task", 0)))  # type: ignore[attr-defined]
+            self._stop(int(getattr(datamodule_of(trainer), "task", 0)))
 
     def save_inside(self, trainer: pl.Trainer) -> None:
         """Save inside a task, on every process.
@@ -171,11 +199,11 @@ class StreamCheckpoint(Checkpoint):
         Raises:
             FloatingPointError: when the loss has become NaN, rather than replacing a good checkpoint.
         """
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in callbacks_of(trainer):
             check = getattr(callback, "raise_if_not_finite", None)
             if check is not None:
                 check(trainer)
-        task = int(getattr(trainer.datamodule, "task", 0))  # type: ignore[attr-defined]
+        task = int(getattr(datamodule_of(trainer), "task", 0))
         if trainer.world_size > 1:
             shared = self.folder / ".stream-shared.tmp"
             trainer.save_checkpoint(shared)
@@ -187,19 +215,31 @@ class StreamCheckpoint(Checkpoint):
 
     def save_between(self, trainer: pl.Trainer, module: pl.LightningModule, stream: Stream, task: int) -> None:
         """Save behind a task's evaluation, before task ``task``; then end if SIGTERM has come."""
+        checkpoint = between_tasks(trainer, module, stream)  # on every process, since each has random states of its own
         if trainer.is_global_zero:
             if self.adapters:  # first: a run that is killed in between writes them once more
                 self._write(lambda: export_adapters(module, plugins_of(trainer), self.folder / "adapters.safetensors"))
-            checkpoint = between_tasks(trainer, module, stream)
             self._publish(trainer, task, lambda path: torch.save(checkpoint, path))
         trainer.strategy.barrier()
         if task < len(stream.tasks) and self._must_stop(trainer):
             self._stop(task)
 
 
+def _behind_the_module(module: pl.LightningModule, save: Callable[[], None]) -> None:
+    """Save behind the module's own ``on_train_batch_end``, once: Lightning calls it last, by its name."""
+    own = module.on_train_batch_end
+
+    def then_save(*arguments: Any) -> None:
+        del module.__dict__["on_train_batch_end"]
+        own(*arguments)
+        save()
+
+    module.__dict__["on_train_batch_end"] = then_save
+
+
 def between_tasks(trainer: pl.Trainer, module: pl.LightningModule, stream: Stream) -> dict[str, Any]:
-    """A checkpoint without optimizers, which the next task builds anew; keys as in Lightning's."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    """A checkpoint without optimizers, which the next task builds anew; keys as in Lightning's. On every process."""
+    callbacks = callbacks_of(trainer)
     loops = trainer.fit_loop.state_dict()
     loops["state_dict"] = {}  # the finished task's loader
     checkpoint: dict[str, Any] = {
@@ -231,7 +271,7 @@ def restore_between(
     module.load_state_dict(checkpoint["state_dict"])
     if type(stream).__qualname__ in checkpoint:
         stream.load_state_dict(checkpoint[type(stream).__qualname__])  # type: ignore[attr-defined]
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer):
         callback.on_load_checkpoint(trainer, module, checkpoint)
         if callback.state_key in checkpoint["callbacks"]:
             callback.load_state_dict(checkpoint["callbacks"][callback.state_key])

@@ -14,12 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cl_plugins._lightning import Callback
+from cl_plugins._lightning import Callback, callbacks_of
+from cl_plugins._processes import of_all_processes
 from cl_plugins._reading import load_tensors
 from cl_plugins.evaluation import Predict
 from cl_plugins.label_scores import LabelScores
 from cl_plugins.plugin import Row
 from cl_plugins.result import StreamResult
+from cl_plugins.stream_checkpoint import StreamCheckpoint
 from cl_plugins.task import Stream
 
 if TYPE_CHECKING:
@@ -111,8 +113,7 @@ def same_randomness() -> Iterator[None]:
 
 def finished_rows(trainer: pl.Trainer) -> list[Row]:
     """The rows that a resumed stream begins with; none in a stream that starts anew."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    state = next((c for c in callbacks if isinstance(c, StreamState)), None)
+    state = next((c for c in callbacks_of(trainer) if isinstance(c, StreamState)), None)
     return [] if state is None else state.rows
 
 
@@ -130,7 +131,7 @@ class StreamState(Callback):
         """How the stream under way is evaluated; None before it starts."""
         self._result: StreamResult | None = None
         self._identity: dict[str, Any] = {}
-        self._pending: dict[str, Any] | None = None
+        self._pending: list[dict[str, Any]] | None = None
 
     @classmethod
     def for_stream(cls, stream: Stream) -> StreamState:
@@ -155,7 +156,7 @@ class StreamState(Callback):
         self._identity = {"name": stream.name, "tasks": [list(t.classes) for t in stream.tasks]}
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain lists and tensors, loadable with ``weights_only=True``."""
+        """Plain lists and tensors, loadable with ``weights_only=True``; all processes must call it."""
         result = self._result
         return {
             "task": self.task,
@@ -165,7 +166,7 @@ class StreamState(Callback):
             "train_seconds": [] if result is None else list(result.train_seconds),
             "trainable_parameters": 0 if result is None else result.trainable_parameters,
             "spent": 0.0 if self.started is None else time.perf_counter() - self.started,
-            "random": random_states(),
+            "random": of_all_processes(random_states()),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -174,7 +175,7 @@ class StreamState(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go on with the random numbers where the checkpoint stopped, and with the right epoch."""
-        self.restore_random_states()
+        self.restore_random_states(trainer)
         loop: Any = trainer.fit_loop
         done = loop.epoch_progress.current
         if getattr(loop, "restarted_mid_epoch", False) and done.processed == done.started:
@@ -182,10 +183,20 @@ class StreamState(Callback):
             # resume would train it twice
             loop.reset_restart_stage()
 
-    def restore_random_states(self) -> None:
-        """Go on with the loaded random numbers now, not when training starts."""
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let the savers write what waited for the end of the epoch before, ahead of every other callback."""
+        for callback in callbacks_of(trainer):
+            if isinstance(callback, StreamCheckpoint):
+                callback.save_before_epoch(trainer)
+
+    def restore_random_states(self, trainer: pl.Trainer) -> None:
+        """Go on with the loaded random numbers now, not when training starts; each process with its own.
+
+        Where another number of processes goes on, all take those of the first.
+        """
         if self._pending is not None:
-            set_random_states(self._pending)
+            same = len(self._pending) == trainer.world_size
+            set_random_states(self._pending[trainer.global_rank if same else 0])
             self._pending = None
 
     def read(self, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -225,7 +236,7 @@ def _sound(row: Row) -> bool:
 
 def _check_state(state: Any, path: Path) -> None:
     """Raise a ValueError when a part of the saved state is missing or of another kind."""
-    kinds = {"task": int, "stream": dict, "rows": dict, "initial": dict, "train_seconds": list, "random": dict}
+    kinds = {"task": int, "stream": dict, "rows": dict, "initial": dict, "train_seconds": list, "random": list}
     wrong = [k for k, kind in kinds.items() if not isinstance(state, dict) or not isinstance(state.get(k), kind)]
     if not wrong:
         try:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cl_plugins.attach import plugin_modules
+from cl_plugins.attach import own_memory, plugin_modules
 from cl_plugins.backbones import Backbone
 from cl_plugins.side_network import SideNetwork, TapRecord
 from cl_plugins.tokens import is_causal, output_width, text_position, token_layout
@@ -216,9 +216,12 @@ class BackboneTaps(nn.Module):
         return like.new_zeros(1, 1).expand(batch, output_width(self.backbone))
 
     def base_feature(self, given: Tensor) -> Tensor:
-        """What the frozen backbone put in front of the classifier: ``given``, or the stored feature in a replay."""
+        """What the frozen backbone put in front of the classifier: ``given``, or the stored feature in a replay.
+
+        A view of all tokens is copied: who keeps the feature keeps nothing else.
+        """
         feature, self._replayed = self._replayed, None
-        return given if feature is None else feature
+        return own_memory(given) if feature is None else feature
 
     def _substitute(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (self.base_feature(args[0]), *args[1:])
@@ -261,10 +264,10 @@ def backbone_taps(module: nn.Module, backbone: Backbone, head: nn.Module) -> Bac
     """The one tap of ``backbone`` under ``module.plugins``; side networks and caches share it."""
     plugins = plugin_modules(module)
     if "taps" not in plugins:
-        taps = BackboneTaps(backbone).attach()
-        taps.substitute_at(head)
-        plugins["taps"] = taps
-    taps = plugins["taps"]  # type: ignore[assignment]
+        made = BackboneTaps(backbone).attach()
+        made.substitute_at(head)
+        plugins["taps"] = made
+    taps = plugins["taps"]
     assert isinstance(taps, BackboneTaps)
     return taps
 

@@ -53,6 +53,26 @@ def check_seed(name: str, seed: Any) -> int:
     return int(seed)
 
 
+def spread_seed(
+    seed: int | None, order_seed: int | None, data_seed: int | None, *, fixed_order: bool
+) -> tuple[int | None, int | None]:
+    """Order seed and data seed: ``seed`` where they are not given; an order that is given itself takes none.
+
+    Raises:
+        ValueError: for a negative ``seed``, or another thing.
+
+    Example:
+        >>> spread_seed(3, None, 5, fixed_order=False), spread_seed(3, None, None, fixed_order=True)
+        ((3, 5), (None, 3))
+    """
+    if seed is None:
+        return order_seed, data_seed
+    check_seed("seed", seed)
+    if order_seed is None and not fixed_order:
+        order_seed = seed
+    return order_seed, seed if data_seed is None else data_seed
+
+
 class ForkedRandomness:
     """Inside the block the CPU generators of torch, NumPy and Python may be seeded; after it they are as before."""
 

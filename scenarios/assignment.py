@@ -111,7 +111,7 @@ def assign_classes(
 
 
 def _label(name: str, value: object) -> int:
-    if isinstance(value, str) or not hasattr(value, "__index__"):
+    if not hasattr(value, "__index__"):
         raise ValueError(
             f"`{name}` must hold the labels as integers, got {value!r}; text labels are numbered in alphabetical order"
         )

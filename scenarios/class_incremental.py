@@ -7,7 +7,7 @@ from typing import Any
 
 from typing_extensions import Unpack
 
-from ._seeds import check_seed
+from ._seeds import check_seed, spread_seed
 from .assignment import assign_classes
 from .data import Split
 from .labels import Labels
@@ -92,11 +92,8 @@ class ClassIncremental(TaskStream):
     ) -> None:
         if not isinstance(validation_fraction, int | float) or not 0 <= validation_fraction < 1:
             raise ValueError(f"`validation_fraction` must be in [0, 1), got {validation_fraction!r}")
-        if seed is not None:
-            check_seed("seed", seed)
-            if order_seed is None and class_order is None and classes is None:
-                order_seed = seed
-            data_seed = seed if data_seed is None else data_seed
+        fixed_order = class_order is not None or classes is not None
+        order_seed, data_seed = spread_seed(seed, order_seed, data_seed, fixed_order=fixed_order)
         found = prepare(as_stream_data(data, test, root, download, data_options), labels)
         report_left_out(found)
         source = found.data

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ._seeds import CLASS_ORDER, check_seed, generator
+from ._seeds import CLASS_ORDER, check_seed, generator, spread_seed
 from .data import BatchSource, Split
 from .labels import FoundLabels, Labels, align_labels, find_labels
 from .stream import LoaderOptions, TaskStream
@@ -113,10 +113,7 @@ class DomainIncremental(TaskStream):
             raise ValueError(f"`names` must hold {len(domains)} texts, one per domain, got {len(names)}")
         if not 0 <= validation_fraction < 1:
             raise ValueError(f"`validation_fraction` must be in [0, 1), got {validation_fraction!r}")
-        if seed is not None:
-            check_seed("seed", seed)
-            order_seed = seed if order_seed is None and domain_order is None else order_seed
-            data_seed = seed if data_seed is None else data_seed
+        order_seed, data_seed = spread_seed(seed, order_seed, data_seed, fixed_order=domain_order is not None)
         order = learning_order(len(domains), domain_order, order_seed)
         given = [as_stream_data(domains[i], None, root, False) for i in order]
         texts = [names[i] if names is not None else given[k].name for k, i in enumerate(order)]

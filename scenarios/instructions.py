@@ -214,7 +214,7 @@ class InstructionStream(TaskStream):
         texts = [{"name": t.name, "instructions": t.instructions[:20]} for t in self.text_tasks]
         return {**super().provenance(), "texts": texts}
 
-    def _present(self, split: Split) -> set[int]:  # type: ignore[override]
+    def _present(self, split: Split) -> set[int]:
         return {RIGHT, WRONG}  # no sample is labeled "wrong"
 
 

@@ -20,7 +20,7 @@ from typing_extensions import Unpack
 
 from cl_plugins.task import Task
 
-from ._seeds import SHOTS, check_seed, words
+from ._seeds import SHOTS, check_seed, spread_seed, words
 from .data import Split, Transform, rank_in_class
 from .domains import concatenated, learning_order
 from .labels import Labels
@@ -123,10 +123,7 @@ class XTAIL(TaskStream):
         if shots is not None and (isinstance(shots, bool) or not isinstance(shots, int) or shots < 1):
             raise ValueError(f"`shots` must be an integer of 1 or more, got {shots!r}")
         check_seed("split_seed", split_seed)
-        if seed is not None:
-            check_seed("seed", seed)
-            order_seed = seed if order_seed is None and domain_order is None else order_seed
-            data_seed = seed if data_seed is None else data_seed
+        order_seed, data_seed = spread_seed(seed, order_seed, data_seed, fixed_order=domain_order is not None)
         order = learning_order(len(domains), domain_order, order_seed)
         found = [prepare(as_stream_data(d, None, root, False), labels) for d in domains]
         titles = [names[k] if names is not None else f.data.name or f"domain {k}" for k, f in enumerate(found)]

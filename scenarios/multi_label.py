@@ -174,8 +174,7 @@ class MultiLabel(TaskStream):
         )
         self.class_names = tuple(class_names)
 
-    @staticmethod
-    def _present(split: Split) -> set[int]:
+    def _present(self, split: Split) -> set[int]:
         assert isinstance(split, MultiLabelSplit)
         return set(np.flatnonzero(split.targets[split.indices].any(0)).tolist())
 

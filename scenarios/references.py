@@ -84,6 +84,11 @@ def _as_stream(stream: TaskStream | str) -> TaskStream:
 
 
 class _Reference(TaskStream):
+    _original: TaskStream
+
+    def _present(self, split: Split) -> set[int]:
+        return self._original._present(split)
+
     def _view(self, split: Split, task: int, transform: Transform | None) -> TaskView:
         if isinstance(split, MultiLabelSplit):
             return label_view(self, split, task, transform)
@@ -109,8 +114,7 @@ class Joint(_Reference):
     """
 
     def __init__(self, stream: TaskStream | str) -> None:
-        original = _as_stream(stream)
-        self._present = original._present  # type: ignore[method-assign]
+        original = self._original = _as_stream(stream)
         texts = {c: t for task in original.tasks for c, t in zip(task.classes, task.class_names, strict=False)}
         names = tuple(texts[c] for c in original.class_order) if len(texts) == len(original.class_order) else ()
         super().__init__(
@@ -145,8 +149,7 @@ class Cumulative(_Reference):
     """
 
     def __init__(self, stream: TaskStream | str) -> None:
-        original = _as_stream(stream)
-        self._present = original._present  # type: ignore[method-assign]
+        original = self._original = _as_stream(stream)
         so_far: dict[int, str] = {}
         tasks = []
         for task in original.tasks:

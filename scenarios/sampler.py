@@ -46,7 +46,8 @@ class TaskSampler(DistributedSampler[Any]):
         drop: bool = False,
         single_pass: bool = False,
     ) -> None:
-        super().__init__(range(n), num_replicas=world_size, rank=rank, shuffle=seed is not None)  # type: ignore[arg-type]
+        data: Any = range(n)  # only its length is read
+        super().__init__(data, num_replicas=world_size, rank=rank, shuffle=seed is not None)
         self.n = n
         self.key = seed
         self.pad = pad

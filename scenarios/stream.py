@@ -162,8 +162,7 @@ class TaskStream(LightningDataModule):
                 stacklevel=4,
             )
 
-    @staticmethod
-    def _present(split: Split) -> set[int]:
+    def _present(self, split: Split) -> set[int]:
         return set(np.flatnonzero(np.bincount(split.labels[split.indices])).tolist())
 
     # position

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
@@ -11,6 +15,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
+from cl_plugins import ContinualCallback
 from cl_plugins.scenarios import ClassIncremental
 
 
@@ -71,3 +76,38 @@ def quiet_trainer(trainer_class: type = pl.Trainer, **options):
         "enable_model_summary": False,
     }
     return trainer_class(**{**defaults, **options})
+
+
+class StopAt(pl.Callback):
+    """Ends the process's work at a step, as a crash would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.step:
+            raise RuntimeError("power failure")
+
+
+class StopAtTask(ContinualCallback):
+    """Ends a stream as it comes to a task, as someone at the keyboard would."""
+
+    training = "neutral"
+
+    def __init__(self, task: int) -> None:
+        super().__init__()
+        self.stop = task
+
+    def start_task(self, module, task):
+        if task.index == self.stop:
+            raise KeyboardInterrupt
+
+
+def run_script(text: str, folder: Path, *arguments: object) -> None:
+    """Run a program that writes its findings into ``folder``; it may start more processes of itself."""
+    script = folder / "train.py"
+    script.write_text(text)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]

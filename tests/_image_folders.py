@@ -8,7 +8,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
+from torchvision.datasets import CIFAR100
 
 
 def write_image(path: Path, value: int = 0, size: tuple[int, int] = (12, 10)) -> None:
@@ -111,12 +113,19 @@ def write_cub(root: Path, n_classes: int = 3, per_class: int = 3) -> Path:
     return root
 
 
-def write_cifar100(root: Path, per_class: int = 6) -> Path:
-    """``cifar-100-python``; training sample i has label i % 100 and brightness i // 100. Its checksums do not hold."""
+def without_checksums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let torchvision read what :func:`write_cifar100` wrote."""
+    monkeypatch.setattr(CIFAR100, "train_list", [["train", None]])
+    monkeypatch.setattr(CIFAR100, "test_list", [["test", None]])
+    monkeypatch.setattr(CIFAR100, "meta", {**CIFAR100.meta, "md5": None})
+
+
+def write_cifar100(root: Path, per_class: int = 6, by_label: bool = False) -> Path:
+    """``cifar-100-python``; training sample i has label i % 100 and brightness i // 100, or its label."""
     folder = root / "cifar-100-python"
     folder.mkdir(parents=True)
     for part, n in (("train", 100 * per_class), ("test", 100)):
-        values = np.arange(n) if part == "test" else np.arange(n) // 100
+        values = np.arange(n) % 100 if by_label or part == "test" else np.arange(n) // 100
         entry = {
             "data": np.repeat(values.astype(np.uint8)[:, None], 3072, 1),
             "fine_labels": [i % 100 for i in range(n)],

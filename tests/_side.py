@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from open_clip.transformer import VisionTransformer as ClipTower
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from cl_plugins import Task, fit_stream
 from cl_plugins.callbacks import (
@@ -76,3 +77,20 @@ def train(module, method, stream=None, **options):
     stream = tiny_stream() if stream is None else stream
     trainer = quiet_trainer(callbacks=[method, *options.pop("callbacks", [])], **options)
     return fit_stream(trainer, module, stream)
+
+
+def backward_saving_outside(module: nn.Module, inputs: torch.Tensor) -> None:
+    """A backward pass that reaches the side network at work; no tensor is saved while the backbone runs."""
+    taps, while_running = module.plugins["taps"], []
+
+    def pack(tensor):
+        while_running.append(taps.running)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = cross_entropy(module(inputs), torch.tensor([0, 1, 0]))
+    assert while_running
+    assert not any(while_running)
+    loss.backward()
+    own = module.plugins["side"].active.parameters()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in own)

@@ -46,14 +46,14 @@ def test_average_starts_before_the_first_step_and_ends_in_the_module():
 def test_training_itself_is_unchanged():
     plain, averaged = Regression(), Regression()
     quiet_trainer().fit(plain, regression_data())
-    quiet_trainer(callbacks=[BalancedEMA()]).fit(averaged, regression_data())
+    quiet_trainer(callbacks=[BalancedEMA("released")]).fit(averaged, regression_data())
     assert all_equal(plain.seen["steps"], averaged.seen["steps"])
     assert not torch.equal(plain.net[0].weight, averaged.net[0].weight)
 
 
 @pytest.mark.parametrize(("accumulate", "updates"), [(1, 8), (3, 3), (8, 1)])
 def test_one_update_per_accumulation_window(accumulate, updates):
-    ema = BalancedEMA(finalize=False)
+    ema = BalancedEMA("released", finalize=False)
     trainer = quiet_trainer(callbacks=[ema], max_epochs=1, accumulate_grad_batches=accumulate)
     trainer.fit(Regression(), regression_data())
     assert ema.average.averager.steps == [updates] * 4
@@ -62,7 +62,7 @@ def test_one_update_per_accumulation_window(accumulate, updates):
 
 @pytest.mark.parametrize("clip", [None, 0.01])
 def test_gradients_are_read_after_clipping(clip):
-    ema, spy = BalancedEMA(finalize=False), Spy()
+    ema, spy = BalancedEMA("released", finalize=False), Spy()
     quiet_trainer(callbacks=[ema, spy], max_epochs=1, gradient_clip_val=clip).fit(Regression(), regression_data())
     norm = torch.cat([g.flatten() for g in ema.average.averager.previous]).norm()
     assert all_equal(ema.average.averager.previous, spy.grads[-1])
@@ -84,7 +84,7 @@ def test_manual_optimization_with_two_optimizers():
         def configure_optimizers(self):
             return [torch.optim.SGD(self.net[0].parameters(), 0.1), torch.optim.Adam(self.net[2].parameters(), 0.01)]
 
-    ema = BalancedEMA(finalize=False)
+    ema = BalancedEMA("released", finalize=False)
     quiet_trainer(callbacks=[ema], max_epochs=1).fit(Manual(), regression_data())
     assert dict(zip(ema.average.averager.names, ema.average.averager.steps, strict=True)) == {
         "net.0.weight": 8,
@@ -100,7 +100,7 @@ def test_steps_skipped_by_mixed_precision_do_not_count(fused):
     net = nn.Linear(4, 1)
     optimizer = torch.optim.Adam(net.parameters(), lr=0.1, fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    ema = BalancedEMA(finalize=False)
+    ema = BalancedEMA("released", finalize=False)
     ema.watch(net, optimizer)
     for factor in (1.0, float("inf"), 1.0):
         optimizer.zero_grad()
@@ -114,7 +114,7 @@ def test_steps_skipped_by_mixed_precision_do_not_count(fused):
 def test_closures_of_lbfgs_count_once():
     net = nn.Linear(4, 1)
     optimizer = torch.optim.LBFGS(net.parameters(), max_iter=5)
-    ema = BalancedEMA(finalize=False)
+    ema = BalancedEMA("released", finalize=False)
     ema.watch(net, optimizer)
 
     def closure():
@@ -128,7 +128,7 @@ def test_closures_of_lbfgs_count_once():
 
 
 def test_bfloat16_weights_keep_float32_averages():
-    ema = BalancedEMA(finalize=False)
+    ema = BalancedEMA("released", finalize=False)
     trainer = quiet_trainer(callbacks=[ema], max_epochs=1, precision="bf16-true")
     module = Regression()
     trainer.fit(module, regression_data())
@@ -181,7 +181,7 @@ def test_frozen_parameters_are_neither_copied_nor_moved():
     module = Regression()
     module.net[0].requires_grad_(False)
     before = module.net[0].weight.detach().clone()
-    ema = BalancedEMA(finalize=False)
+    ema = BalancedEMA("released", finalize=False)
     quiet_trainer(callbacks=[ema]).fit(module, regression_data())
     assert ema.average.averager.names == ["net.2.weight", "net.2.bias"]
     assert ema.average.averager.state_bytes() == 2 * 4 * (16 + 2)
@@ -191,7 +191,7 @@ def test_frozen_parameters_are_neither_copied_nor_moved():
 @pytest.mark.parametrize("late_layer", [False, True])
 def test_parameters_made_in_setup_are_averaged(late_layer):
     """Lightning's averaging copies the module before its setup and misses these."""
-    ema = BalancedEMA(finalize=False)
+    ema = BalancedEMA("released", finalize=False)
     quiet_trainer(callbacks=[ema], max_epochs=1).fit(Regression(late_layer=late_layer), regression_data())
     assert len(ema.average.averager.names) == (6 if late_layer else 4)
 
@@ -253,7 +253,7 @@ def test_a_stream_is_evaluated_with_the_average():
 @pytest.mark.parametrize("order", [0, 1])
 def test_rows_of_other_tasks_stay_bitwise_in_either_order(order):
     """The average of something that another plugin holds fixed, by a hook of its own, is that same something."""
-    callbacks = [MaskedHead(), BalancedEMA()][:: 1 - 2 * order]
+    callbacks = [MaskedHead(), BalancedEMA("released")][:: 1 - 2 * order]
     module, stream = PlainModule(weight_decay=0.1), tiny_stream()
     rows: list[torch.Tensor] = []
 
@@ -274,7 +274,7 @@ class _Rows(MaskedHead):
 
 
 def test_report_has_a_bounded_series_per_task():
-    ema = BalancedEMA()
+    ema = BalancedEMA("released", active="always")
     module = PlainModule()
     fit_stream(quiet_trainer(callbacks=[MaskedHead(), ema]), module, tiny_stream())
     events = ema.report_events(module)
@@ -287,7 +287,7 @@ def test_report_has_a_bounded_series_per_task():
 
 
 def test_plain_loop_without_a_trainer():
-    net, ema = nn.Linear(3, 1), BalancedEMA()
+    net, ema = nn.Linear(3, 1), BalancedEMA("released")
     for index in range(2):
         task = Task(index, (index,))
         optimizer = torch.optim.Adam(net.parameters(), lr=0.1)
@@ -305,6 +305,33 @@ def test_plain_loop_without_a_trainer():
     assert [e["task"] for e in ema.report_events(net)] == [0, 1]
 
 
+def test_the_default_keeps_half_of_what_was_before_a_task_from_the_second_on():
+    starts, ends, ema, module = [], [], BalancedEMA(finalize=False), PlainModule()
+
+    class Look(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            starts.append({n: p.detach().clone() for n, p in pl_module.named_parameters()})
+
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            ends.append({n: p.detach().clone() for n, p in pl_module.named_parameters()})
+
+    fit_stream(quiet_trainer(callbacks=[ema, Look()], max_epochs=1), module, tiny_stream(2))
+    assert [e["task"] for e in ema.report_events(module)] == [1]
+    steps = len(ends) // 2
+    share = 0.5 ** (1 / steps)
+    expected = starts[1]
+    for weights in ends[steps:]:
+        expected = {n: share * e + (1 - share) * weights[n] for n, e in expected.items()}
+    for name, average in zip(ema.average.averager.names, ema.average.averager.averages, strict=True):
+        torch.testing.assert_close(average, expected[name])
+
+
+def test_a_loop_of_ones_own_must_say_how_long_it_is():
+    net = nn.Linear(3, 1)
+    with pytest.raises(ValueError, match=r"`steps` must be the number of steps .* give `steps` to `watch`"):
+        BalancedEMA().watch(net, torch.optim.SGD(net.parameters(), 0.1))
+
+
 # refusals
 
 
@@ -320,7 +347,7 @@ def test_optimizer_without_the_parameters_is_refused():
     net = nn.Linear(2, 2)
     other = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
     with pytest.raises(RuntimeError, match="no optimizer holds any of the 2 parameters"):
-        BalancedEMA().watch(net, other)
+        BalancedEMA("released").watch(net, other)
 
 
 def test_hidden_gradients_are_refused():
@@ -332,7 +359,7 @@ def test_hidden_gradients_are_refused():
 
     net = nn.Linear(2, 2)
     before, optimizer = weights_of(net), Hiding(net.parameters(), lr=0.1)
-    BalancedEMA().watch(net, optimizer)
+    BalancedEMA("released").watch(net, optimizer)
     net(torch.ones(1, 2)).sum().backward()
     with pytest.raises(RuntimeError, match="`Hiding` made a step although none of its 2 averaged parameters"):
         optimizer.step()
@@ -348,7 +375,7 @@ def test_sharding_strategies_are_refused(kind):
         trainer.strategy.__class__ = type(kind, (type(trainer.strategy),), {})
     else:
         trainer._accelerator_connector.strategy = getattr(strategies, kind)()
-    ema = BalancedEMA()
+    ema = BalancedEMA("released")
     with pytest.raises(RuntimeError, match=f"must leave whole gradients on each process, got {kind}"):
         ema.on_fit_start(trainer, module)
     assert not ema.average.running
@@ -357,14 +384,14 @@ def test_sharding_strategies_are_refused(kind):
 
 def test_spawned_processes_are_refused():
     with pytest.raises(RuntimeError, match="must not spawn processes, got DDPStrategy with a spawn or fork launcher"):
-        BalancedEMA().on_fit_start(quiet_trainer(strategy="ddp_spawn", devices=2), Regression())
+        BalancedEMA("released").on_fit_start(quiet_trainer(strategy="ddp_spawn", devices=2), Regression())
 
 
 @pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
 def test_a_stream_with_spawned_processes_is_refused_before_they_begin(strategy):
     module = PlainModule()
     before = weights_of(module)
-    trainer = quiet_trainer(callbacks=[MaskedHead(), BalancedEMA()], strategy=strategy, devices=2)
+    trainer = quiet_trainer(callbacks=[MaskedHead(), BalancedEMA("released")], strategy=strategy, devices=2)
     with pytest.raises(ValueError, match="`strategy` must not spawn processes"):
         fit_stream(trainer, module, tiny_stream())
     assert all_equal(before, weights_of(module))
@@ -372,7 +399,7 @@ def test_a_stream_with_spawned_processes_is_refused_before_they_begin(strategy):
 
 def test_memory_beside_the_model_is_two_float32_copies():
     """All tensors that the callback can reach in the middle of a training, counted by their storage."""
-    module, ema, bytes_ = Regression(), BalancedEMA(), []
+    module, ema, bytes_ = Regression(), BalancedEMA("released"), []
 
     def reach(thing: object, found: dict[int, int], known: set[int]) -> None:
         if id(thing) in known:
@@ -410,7 +437,7 @@ def test_two_averages_need_tags_and_their_own_parameters():
     with pytest.raises(ValueError, match="`tag` must differ between the averages of a Trainer, got 'a' twice"):
         trainer.fit(Regression(), regression_data())
     with pytest.raises(RuntimeError, match="must belong to one average, got two"):
-        quiet_trainer(callbacks=[BalancedEMA(), BalancedEMA(tag="b")]).fit(Regression(), regression_data())
+        quiet_trainer(callbacks=[BalancedEMA("released"), BalancedEMA(tag="b")]).fit(Regression(), regression_data())
     module = Regression()
     pair = [BalancedEMA(include="net.0"), BalancedEMA("fixed", include="net.2", tag="b")]
     quiet_trainer(callbacks=pair).fit(module, regression_data())
@@ -425,6 +452,8 @@ def test_two_averages_need_tags_and_their_own_parameters():
         ({"active": "never"}, "`active` must be 'always', 'after_first', 'reused' or a function"),
         ({"rule": make_rule(), "kappa": 1.0}, "holds its constants, got kappa beside it"),
         ({"granularity": "layer"}, "`granularity` must be"),
+        ({"kappa": 1.0}, "`kappa` must be left out for rule 'horizon', which reads keep"),
+        ({"rule": "fixed", "keep": 0.5}, "`keep` must be left out for rule 'fixed', which reads decay"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, text):

@@ -48,7 +48,7 @@ def test_an_exception_in_validation_leaves_theweights_of(error):
             if not self.trainer.sanity_checking:
                 raise error("broken")
 
-    module, ema = Broken(), BalancedEMA()
+    module, ema = Broken(), BalancedEMA("released")
     with pytest.raises((error, SystemExit)):
         quiet_trainer(callbacks=[ema]).fit(module, regression_data(), regression_data(4))
     assert torch.equal(module.net[0].weight, module.seen["steps"][-1])
@@ -70,7 +70,7 @@ def test_an_exception_in_an_evaluation_from_a_checkpoint_leaves_its_weights(tmp_
 
     _, _, _, path = _fit_with_checkpoint(tmp_path)
     saved = torch.load(path, weights_only=True)
-    module, ema = Broken(), BalancedEMA()
+    module, ema = Broken(), BalancedEMA("released")
     with pytest.raises(ZeroDivisionError):
         getattr(quiet_trainer(callbacks=[ema]), stage)(module, regression_data(4), ckpt_path=path)
     assert torch.equal(seen[0], saved["callbacks"]["BalancedEMA"]["average"]["averages"][0])
@@ -89,13 +89,13 @@ def test_an_exception_in_the_evaluation_of_a_task_leaves_the_weights():
     inside: list[list[torch.Tensor]] = []
     predict = groups.routed(fail, allocate=lambda batch: [0] * len(batch))
     with pytest.raises(ZeroDivisionError):
-        fit_stream(quiet_trainer(callbacks=[groups, BalancedEMA()]), module, tiny_stream(), predict=predict)
+        fit_stream(quiet_trainer(callbacks=[groups, BalancedEMA("released")]), module, tiny_stream(), predict=predict)
     assert len(inside) == 1
     assert all_equal(weights_of(module), list(groups.weights[0].values()))
 
 
 def test_averaged_context_restores_after_an_exception():
-    module, ema = Regression(), BalancedEMA(finalize=False)
+    module, ema = Regression(), BalancedEMA("released", finalize=False)
     quiet_trainer(callbacks=[ema]).fit(module, regression_data())
     raw = weights_of(module)
 
@@ -118,13 +118,13 @@ def test_averaged_context_restores_after_an_exception():
 def test_averaged_needs_an_average():
     with (
         pytest.raises(RuntimeError, match="there is no average beside the weights"),
-        BalancedEMA().averaged(Regression()),
+        BalancedEMA("released").averaged(Regression()),
     ):
         pass
 
 
 def test_export_of_averaged_parameters_alone():
-    module, ema = Regression(), BalancedEMA()
+    module, ema = Regression(), BalancedEMA("released")
     module.net[0].requires_grad_(False)
     quiet_trainer(callbacks=[ema]).fit(module, regression_data())
     assert list(ema.averaged_state_dict(module, only_averaged=True)) == ["net.2.weight", "net.2.bias"]
@@ -149,19 +149,19 @@ def test_exported_weights_are_a_complete_state_of_the_modules_dtype(dtype):
 
 def test_one_callback_in_three_trainers():
     """Lightning's averaging stops updating in the second Trainer and then throws the second training away."""
-    module, ema = Regression(), BalancedEMA()
+    module, ema = Regression(), BalancedEMA("released")
     for seed in range(3):
         before = weights_of(module)
         quiet_trainer(callbacks=[ema], max_epochs=1).fit(module, regression_data(seed=seed))
         assert not all_equal(before, weights_of(module))
     fresh = Regression()
     for seed in range(3):
-        quiet_trainer(callbacks=[BalancedEMA()], max_epochs=1).fit(fresh, regression_data(seed=seed))
+        quiet_trainer(callbacks=[BalancedEMA("released")], max_epochs=1).fit(fresh, regression_data(seed=seed))
     assert all_equal(weights_of(fresh), weights_of(module))
 
 
 def _fit_with_checkpoint(folder: Path, **options) -> tuple[Regression, BalancedEMA, pl.Trainer, Path]:
-    module, ema = Regression(), BalancedEMA(**options)
+    module, ema = Regression(), BalancedEMA(**{"rule": "released", **options})
     keeper = ModelCheckpoint(folder, every_n_train_steps=5, save_top_k=-1, filename="{step}")
     trainer = quiet_trainer(callbacks=[ema, keeper], enable_checkpointing=True)
     trainer.fit(module, regression_data(equal_batches=True))
@@ -173,7 +173,7 @@ def test_testing_a_checkpoint_gives_the_average_in_every_process(tmp_path):
     module, _, trainer, path = _fit_with_checkpoint(tmp_path)
     trainer.test(module, regression_data(4), ckpt_path=path, verbose=False)
     fresh = Regression()
-    quiet_trainer(callbacks=[BalancedEMA()]).test(fresh, regression_data(4), ckpt_path=path, verbose=False)
+    quiet_trainer(callbacks=[BalancedEMA("released")]).test(fresh, regression_data(4), ckpt_path=path, verbose=False)
     saved = torch.load(path, weights_only=True)
     average = saved["callbacks"]["BalancedEMA"]["average"]["averages"][0]
     assert torch.equal(module.seen["test"][-1], average)
@@ -185,7 +185,7 @@ def test_testing_a_checkpoint_gives_the_average_in_every_process(tmp_path):
 
 def test_standalone_validation_uses_the_weights_it_is_given():
     """Lightning's averaging puts a stale average into whatever module is validated."""
-    module, ema = Regression(), BalancedEMA()
+    module, ema = Regression(), BalancedEMA("released")
     trainer = quiet_trainer(callbacks=[ema])
     trainer.fit(module, regression_data())
     with torch.no_grad():
@@ -244,12 +244,12 @@ def test_resume_of_a_stream_inside_a_task_is_bitwise(tmp_path):
 def test_resume_of_a_finished_fit_still_ends_in_the_average(tmp_path):
     whole, _, _, _ = _fit_with_checkpoint(tmp_path)
     keeper = ModelCheckpoint(tmp_path / "end", save_last=True)
-    module, ema = Regression(), BalancedEMA()
+    module, ema = Regression(), BalancedEMA("released")
     trainer = quiet_trainer(callbacks=[ema, keeper], enable_checkpointing=True)
     trainer.fit(module, regression_data(equal_batches=True))
     raw = module.seen["steps"][-1]
     resumed = Regression(seed=1)
-    trainer = quiet_trainer(callbacks=[BalancedEMA()])
+    trainer = quiet_trainer(callbacks=[BalancedEMA("released")])
     trainer.fit(resumed, regression_data(), ckpt_path=tmp_path / "end" / "last.ckpt")
     assert all_equal(weights_of(resumed), weights_of(whole))
     assert not torch.equal(resumed.net[0].weight, raw)
@@ -258,7 +258,7 @@ def test_resume_of_a_finished_fit_still_ends_in_the_average(tmp_path):
 def test_resume_refuses_a_module_without_the_parameters(tmp_path):
     _, _, _, path = _fit_with_checkpoint(tmp_path)
     state = torch.load(path, weights_only=True)["callbacks"]["BalancedEMA"]
-    ema, module = BalancedEMA(), nn.Linear(2, 2)
+    ema, module = BalancedEMA("released"), nn.Linear(2, 2)
     with pytest.raises(RuntimeError, match="build the module as it was"):
         ema.average.begin(module, state["average"])
 
@@ -268,7 +268,7 @@ def test_callback_survives_a_deepcopy_during_training():
         def on_train_batch_end(self, trainer, *args):
             copy.deepcopy(trainer.callbacks[0].state_dict())
 
-    quiet_trainer(callbacks=[BalancedEMA(), Copies()], max_epochs=1).fit(Regression(), regression_data())
+    quiet_trainer(callbacks=[BalancedEMA("released"), Copies()], max_epochs=1).fit(Regression(), regression_data())
 
 
 # two processes
@@ -280,7 +280,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from cl_plugins.callbacks import BalancedEMA
 from tests._regression import Regression, regression_data
 
-module, ema = Regression(), BalancedEMA(finalize=False)
+module, ema = Regression(), BalancedEMA("released", finalize=False)
 trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=2, logger=False,
                      enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
 trainer.callbacks.append(ema)

@@ -19,7 +19,7 @@ def test_either_order_gives_the_same_weights(method, rule):
     outcomes = []
     for order in (1, -1):
         torch.manual_seed(0)
-        module, ema = PlainModule(), BalancedEMA(rule)
+        module, ema = PlainModule(), BalancedEMA(rule, active="always")
         trainer = quiet_trainer(max_epochs=3, callbacks=[getattr(callbacks, method)(), ema][::order])
         result = fit_stream(trainer, module, tiny_stream(n_per_class=32))
         outcomes.append((weights_of(module), result.correct, ema.report_events(module)))
@@ -32,7 +32,7 @@ def test_either_order_gives_the_same_weights(method, rule):
 @pytest.mark.parametrize("method", ["OVOR", "LoRA", "MoRA"])
 def test_frozen_backbones_are_not_copied(method):
     torch.manual_seed(0)
-    module, ema = PlainModule(), BalancedEMA(finalize=False)
+    module, ema = PlainModule(), BalancedEMA("released", finalize=False)
     before = module.model.blocks[0].mlp.fc1.weight.detach().clone()
     fit_stream(
         quiet_trainer(callbacks=[getattr(callbacks, method)(), ema], max_epochs=3),

@@ -8,7 +8,8 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from cl_plugins import Task, fit_stream
-from cl_plugins.cached_stream import CachedRows, CachedStream, uncached
+from cl_plugins.cached_rows import CachedRows, uncached
+from cl_plugins.cached_stream import CachedStream
 from cl_plugins.callbacks import (
     CacheFeatures,
     FrozenBackbone,
@@ -23,6 +24,7 @@ from cl_plugins.callbacks import (
 )
 from cl_plugins.feature_cache import FeatureCache
 from tests._helpers import PlainModule, quiet_trainer, tiny_stream, tiny_vit
+from tests._side import PYRAMID
 
 # streams
 
@@ -39,7 +41,6 @@ class CountingVit(PlainModule):
         self.images += len(output)
 
 
-PYRAMID = {"widths": (8, 8, 8, 16), "heads": (1, 2, 2, 2)}
 METHODS = {
     "lst": lambda: LadderSideTuning(reduction=2),
     "lst-per-task": lambda: LadderSideTuning(reduction=2, regime="per_task"),

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import random
-import subprocess
-import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -37,7 +34,7 @@ from cl_plugins.inside_tasks import InsideRow
 from cl_plugins.plugin import ContinualCallback
 from cl_plugins.pooled_evaluation import PooledLoader, sample_counts
 
-from ._helpers import PlainModule, quiet_trainer, tiny_stream, tiny_vit
+from ._helpers import PlainModule, quiet_trainer, run_script, tiny_stream, tiny_vit
 
 
 class Noisy(PlainModule):
@@ -407,13 +404,7 @@ with open(f"{sys.argv[1]}/rank{trainer.global_rank}.json", "w") as file:
 
 @pytest.mark.ddp
 def test_two_processes_with_uneven_shares_sum_their_counts(tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(SCRIPT, tmp_path, tmp_path)
     first, second = (json.loads((tmp_path / f"rank{r}.json").read_text()) for r in (0, 1))
     assert first == second
     assert first[-1][3] == [10, 10, 10]

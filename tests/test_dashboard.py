@@ -10,7 +10,7 @@ from pytorch_lightning.strategies import SingleDeviceStrategy
 from cl_plugins import ContinualCallback, fit_stream
 from cl_plugins.callbacks.dashboard import ForgettingDashboard, parameter_counts
 from cl_plugins.runs import RunWriter, read_run
-from tests._helpers import PlainModule, quiet_trainer, tiny_stream
+from tests._helpers import PlainModule, StopAtTask, quiet_trainer, tiny_stream
 
 
 class Reporter(ContinualCallback):
@@ -97,20 +97,13 @@ def test_a_failure_is_recorded_with_its_reason(tmp_path):
 def test_a_resumed_run_goes_on_in_its_folder(tmp_path):
     from pytorch_lightning.callbacks import ModelCheckpoint
 
-    class Stop(ContinualCallback):
-        training = "neutral"
-
-        def start_task(self, module, task):
-            if task.index == 2:
-                raise KeyboardInterrupt
-
     def trainer(*more):
         saver = ModelCheckpoint(tmp_path / "ckpt", save_last=True, filename="{epoch}", save_on_train_epoch_end=True)
         callbacks = [ForgettingDashboard(tmp_path / "runs", "demo"), saver, *more]
         return quiet_trainer(callbacks=callbacks, max_epochs=1, enable_checkpointing=True)
 
     with pytest.raises(KeyboardInterrupt):
-        fit_stream(trainer(Stop()), PlainModule(), tiny_stream())
+        fit_stream(trainer(StopAtTask(2)), PlainModule(), tiny_stream())
     before = read_run(tmp_path / "runs" / "demo")
     assert before.ended == "failed"
     assert "KeyboardInterrupt" in before.error

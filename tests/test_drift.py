@@ -11,15 +11,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional as F
 
 from cl_plugins import ContinualCallback, fit_stream, functional
 from cl_plugins.callbacks import DriftTracker, ForgettingDashboard, LoRA, NearestMean
 from cl_plugins.cli import main
 from cl_plugins.drift import DriftRow, recency_of_row, size_by_kind
+from cl_plugins.drift_probe import probe_batches, probe_head
+from cl_plugins.evaluation import default_predict
 from cl_plugins.plugin import Row
 from cl_plugins.runs import read_run
-from cl_plugins.scenarios import DomainIncremental
-from tests._helpers import PlainModule, image_data, quiet_trainer, tiny_stream
+from cl_plugins.scenarios import ClassIncremental, DomainIncremental
+from tests._helpers import PlainModule, StopAtTask, image_data, quiet_trainer, tiny_stream
 
 
 def _rank(features):
@@ -61,18 +64,19 @@ class Look(ContinualCallback):
         self.models.append({k: v.clone() for k, v in pl_module.state_dict().items()})
 
 
-def _run(*callbacks, stream=None, module=None, **options):
+def _run(*callbacks, stream=None, module=None, predict=default_predict, **options):
     look = Look()
     trainer = quiet_trainer(callbacks=[*callbacks, look], max_epochs=1)
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        result = fit_stream(trainer, module or PlainModule(), stream or tiny_stream(**options))
+        result = fit_stream(trainer, module or PlainModule(), stream or tiny_stream(**options), predict=predict)
     return result, look
 
 
-def test_the_numbers_are_those_of_short_formulas():
-    stream, tracker = tiny_stream(), DriftTracker(probe=24)
-    result, look = _run(tracker)
+@pytest.mark.parametrize("bins", [15, 1])
+def test_the_numbers_are_those_of_short_formulas(bins):
+    stream, tracker = tiny_stream(), DriftTracker(probe=24, bins=bins)
+    result, look = _run(tracker, module=PlainModule(lr=0.1))
     assert result.drift == tracker.rows
     assert [row.after for row in result.drift] == [0, 1, 2]
     features, errors = [], []
@@ -92,7 +96,7 @@ def test_the_numbers_are_those_of_short_formulas():
                 shares = logits[:, : 2 * (after + 1)].softmax(1).numpy()
                 judged[task.index] = shares.max(1), shares.argmax(1) == y.numpy()
         features.append(torch.cat(found).double().numpy())
-        errors.append({k: _ece(*v) for k, v in judged.items()})
+        errors.append({k: _ece(*v, bins) for k, v in judged.items()})
         row = result.drift[after]
         assert row.samples == 24
         assert row.effective_rank == pytest.approx(_rank(features[-1]), rel=1e-5)
@@ -101,16 +105,25 @@ def test_the_numbers_are_those_of_short_formulas():
             assert row.cka_previous == pytest.approx(_cka(features[-1], features[-2]), rel=1e-5)
         assert row.task_calibration_error == pytest.approx(errors[-1], abs=1e-6)
         pooled = [np.concatenate([v[k] for v in judged.values()]) for k in (0, 1)]
-        assert row.calibration_error == pytest.approx(_ece(*pooled), abs=1e-6)
+        assert row.calibration_error == pytest.approx(_ece(*pooled, bins), abs=1e-6)
         assert row.calibration_drift == pytest.approx({k: errors[-1][k] - errors[k][k] for k in range(after)}, abs=1e-6)
+    assert abs(_ece(*judged[2], 15) - _ece(*judged[2], 1)) > 0.1  # confidences lie in several bins
     assert result.drift[2].cka_first < 0.999  # the features did move
     assert result.drift[0].undefined["cka_previous"] == "the first measurement has none before it"
 
 
-def test_training_is_the_same_to_the_last_bit():
+class Drawing(PlainModule):
+    """Draws from the global generator in every pass, so that one pass more shifts what training draws."""
+
+    def forward(self, x):
+        return self.model(x + 0.1 * torch.rand(1))
+
+
+@pytest.mark.parametrize("module", [PlainModule, Drawing])
+def test_training_is_the_same_to_the_last_bit(module):
     for extra in ((), (LoRA(rank=2),)):
-        plain, without = _run(*extra, stream=tiny_stream(num_workers=0))
-        again, with_it = _run(*(LoRA(rank=2) for _ in extra), DriftTracker(probe=10))
+        plain, without = _run(*extra, module=module(), stream=tiny_stream(num_workers=0))
+        again, with_it = _run(*(LoRA(rank=2) for _ in extra), DriftTracker(probe=10), module=module())
         assert len(without.steps) == len(with_it.steps) > 0
         assert all(torch.equal(a, b) for a, b in zip(without.steps, with_it.steps, strict=True))
         assert torch.equal(plain.correct, again.correct)
@@ -175,8 +188,9 @@ def test_what_is_undefined_has_a_reason():
     assert row.effective_rank is None
     assert "one, two" in row.undefined["effective_rank"]
     assert row.calibration_error is not None
-    named = _run(DriftTracker(probe=8, head="two"), module=TwoHeads())[0].drift[2]
+    named = _run(DriftTracker(probe=8, head="two"), module=(module := TwoHeads()))[0].drift[2]
     assert named.effective_rank is not None
+    assert probe_head(module, "two") == (module.two, "")
 
 
 def test_sizes_by_kind():
@@ -192,12 +206,63 @@ def test_sizes_by_kind():
     assert counts == {"frozen": 2, "trained": 10, "method": 0, "buffers": 5, "callbacks": 5}
     assert sizes == {"frozen": 8, "trained": 40, "method": 0, "buffers": 24, "callbacks": 40}
     assert _run(NearestMean(), DriftTracker(probe=8))[0].drift[-1].parameters["trained"] == 0
+    kept = _run(Holding(7), Measuring(100), DriftTracker(probe=8))[0].drift[-1]
+    assert (kept.parameters["callbacks"], kept.bytes["callbacks"]) == (7, 28)  # of methods, not of what measures
 
 
-def test_every_second_task_and_batches_of_the_user():
+class Holding(ContinualCallback):
+    """Keeps tensors outside the model."""
+
+    training = "required"
+
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+
+    def state_dict(self):
+        return {"kept": [torch.zeros(self.size)]}
+
+
+class Measuring(Holding):
+    training = "neutral"
+
+
+class Sure(ContinualCallback):
+    """Predictions of this method name one class, whatever the model says."""
+
+    training = "neutral"
+
+    def __init__(self, label):
+        super().__init__()
+        self.label = label
+
+    def predictor(self, predict):
+        return lambda module, batch: 1e3 * F.one_hot(torch.full((len(batch[0]),), self.label), 6).float()
+
+
+def test_it_predicts_as_the_evaluation_does():
+    sure = Sure(1)
+    row = _run(DriftTracker(probe=24), sure)[0].drift[0]  # task 0 has as many samples of class 0 as of class 1
+    own = _run(DriftTracker(probe=24), sure, predict=Sure(5).predictor(None))[0].drift[2]
+    labels = torch.cat([y for _, y in tiny_stream().test_loader(0)])[:8]
+    assert row.task_calibration_error == pytest.approx({0: 1 - (labels == 1).float().mean().item()})
+    labels = torch.cat([y for _, y in tiny_stream().test_loader(2)])[:8]
+    assert own.task_calibration_error == pytest.approx({0: 1, 1: 1, 2: 1 - (labels == 5).float().mean().item()})
+
+
+def test_a_long_stream_is_probed_at_twenty_tasks_from_the_first_to_the_last():
+    data = (image_data(n, n_classes=25, seed=n) for n in (1, 4))
+    stream = ClassIncremental(next(data), test=next(data), n_tasks=25)
+    alone = [(task, most) for task, most, _ in probe_batches(stream, 50, 0, 1)]
+    assert alone == [(round(k * 24 / 19), 3) for k in range(20)]  # 50 / 20, rounded up
+    shares = [[most for _, most, _ in probe_batches(stream, 50, rank, 2)] for rank in (0, 1)]
+    assert shares == [[2] * 20, [1] * 20]
+
+
+def test_every_few_tasks_and_the_last_and_batches_of_the_user():
     batches = list(tiny_stream().test_loader(0))
-    rows = _run(DriftTracker(probe=batches, every=2), n_tasks=6, n_per_class=4)[0].drift
-    assert [row.after for row in rows] == [1, 3, 5]
+    rows = _run(DriftTracker(probe=batches, every=4), n_tasks=6, n_per_class=4)[0].drift
+    assert [row.after for row in rows] == [3, 5]
     assert {row.samples for row in rows} == {10}
     assert rows[-1].task_calibration_error == {}
     assert rows[-1].calibration_error is not None
@@ -205,13 +270,6 @@ def test_every_second_task_and_batches_of_the_user():
 
 def test_a_resumed_stream_goes_on_with_the_same_measurements(tmp_path):
     from cl_plugins.callbacks import StreamCheckpoint
-
-    class Stop(ContinualCallback):
-        training = "neutral"
-
-        def start_task(self, module, task):
-            if task.index == 2:
-                raise KeyboardInterrupt
 
     def run(*more, ckpt_path=None):
         callbacks = [DriftTracker(probe=24), StreamCheckpoint(tmp_path), *more]
@@ -221,7 +279,7 @@ def test_a_resumed_stream_goes_on_with_the_same_measurements(tmp_path):
             return fit_stream(trainer, PlainModule(), tiny_stream(), ckpt_path)
 
     with pytest.raises(KeyboardInterrupt):
-        run(Stop())
+        run(StopAtTask(2))
     assert run(ckpt_path="last").drift == _run(DriftTracker(probe=24))[0].drift
 
 

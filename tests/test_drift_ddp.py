@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests._helpers import run_script
 
 SCRIPT = """
 import json, sys
@@ -31,13 +30,8 @@ with open(f"{sys.argv[1]}/{many}-{trainer.global_rank}.json", "w") as file:
 
 @pytest.mark.ddp
 def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
-    for many in ("1", "2"):
-        command = [sys.executable, str(script), str(tmp_path), many]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr[-3000:]
+    for many in (1, 2):
+        run_script(SCRIPT, tmp_path, tmp_path, many)
     one, first, second = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("1-0", "2-0", "2-1"))
     assert first == second
     for alone, shared in zip(one, first, strict=True):

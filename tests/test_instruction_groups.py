@@ -15,7 +15,8 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 from cl_plugins import Task
 from cl_plugins.feature_groups import FeatureGroups, bootstrap_threshold, suggest_threshold
-from cl_plugins.instruction_groups import THRESHOLDS, InstructionGroups, task_texts
+from cl_plugins.group_match import THRESHOLDS
+from cl_plugins.instruction_groups import InstructionGroups, task_texts
 from cl_plugins.scenarios.instruction_rules import RULES
 from cl_plugins.scenarios.instructions import DEFAULT_RULES
 from cl_plugins.text_similarity import clean_texts, pairwise_tfidf

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -60,6 +61,27 @@ def test_tensorboard_has_scalars_and_the_matrix(tmp_path):
     assert picture.size == (640, 560)
     low, high = picture.getextrema()
     assert low < 80 < 200 < high  # it is drawn
+
+
+class Taker(CSVLogger):
+    """A logger of the user that takes figures as W&B's does."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.taken = []
+
+    def log_image(self, key, images, step=None):
+        (figure,) = images
+        self.taken.append((key, step, np.ma.filled(figure.axes[0].images[0].get_array(), np.nan)))
+
+
+def test_what_is_drawn_is_the_matrix_so_far(tmp_path):
+    logger = Taker(tmp_path)
+    result, _ = _run(logger)
+    accuracy = np.where(result.correct >= 0, result.correct / result.total, np.nan)
+    assert [(key, step) for key, step, _ in logger.taken] == [("cl/accuracy_matrix", 4 * n) for n in (1, 2, 3)]
+    for rows, (_, _, drawn) in enumerate(logger.taken, 1):
+        np.testing.assert_allclose(drawn, accuracy[:rows], rtol=1e-6)
 
 
 def test_figures_can_be_switched_off(tmp_path):

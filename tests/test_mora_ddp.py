@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests._helpers import run_script
 
 SCRIPT = """
 import sys
@@ -33,13 +32,7 @@ torch.save(state, f"{sys.argv[1]}/rank{trainer.global_rank}.pt")
 
 @pytest.mark.ddp
 def test_two_processes_grow_the_same_experts(tmp_path: Path) -> None:
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(SCRIPT, tmp_path, tmp_path)
     first, second = (torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1))
     assert first["plugins.mora.model__blocks__0__attn__qkv.old_keys"].shape == (3, 4, 16)
     for name, value in first.items():

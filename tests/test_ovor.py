@@ -20,7 +20,7 @@ from cl_plugins import Task, fit_stream
 from cl_plugins.callbacks.one_prompt import OnePrompt
 from cl_plugins.callbacks.ovor import OVOR
 from cl_plugins.outliers import VirtualOutliers
-from tests._helpers import PlainModule, quiet_trainer, tiny_stream, tiny_vit
+from tests._helpers import PlainModule, StopAt, quiet_trainer, tiny_stream, tiny_vit
 
 SMALL = {"neighbors": 5, "n_boundary": 6, "draws": 30, "per_class": 10, "batch_size": 8}
 LENGTHS = {0: 4, 1: 6}
@@ -156,15 +156,6 @@ def test_default_is_a_fifth_of_the_epochs() -> None:
             patch.setattr(PlainModule, "on_train_start", lambda self: setattr(self.trainer, "should_stop", True))
             trainer.fit(PlainModule(), datamodule=stream)
         assert method._first_head_epoch == epochs - head_epochs
-
-
-class StopAt(pl.Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        if trainer.global_step == self.step:
-            raise RuntimeError("power failure")
 
 
 @pytest.mark.parametrize("step", [6, 10, 12, 30])

@@ -13,6 +13,7 @@ from torch import nn
 
 from cl_plugins.head_phase import tune_head
 from cl_plugins.outliers import VirtualOutliers
+from tests._helpers import run_script
 
 DDP = """
 import sys
@@ -45,13 +46,7 @@ torch.save(event["value"], f"{sys.argv[1]}/loss{trainer.global_rank}.pt")
 
 @pytest.mark.ddp
 def test_two_processes_train_one_classifier(tmp_path: Path) -> None:
-    script = tmp_path / "train.py"
-    script.write_text(DDP)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(DDP, tmp_path, tmp_path)
     first, second = (torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1))
     for name, value in first.items():
         assert torch.equal(value, second[name]), name

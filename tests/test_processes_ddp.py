@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.processes import BATCH_STATISTICS, compare, launch, teams
+from benchmarks.processes import BATCH_STATISTICS, compare, compare_resumed, launch, teams
 from cl_plugins.recipes import load_recipe, recipe_names
 
 QUICK = ["OVOR and NearestMean", "MoRA", "BalancedEMA", "LeanHierarchicalSideTuning", "RanPAC", "ForgettingDashboard"]
@@ -43,3 +43,22 @@ def test_two_processes_equal_one(tmp_path):
 @pytest.mark.slow
 def test_every_method_on_two_processes_equals_one(tmp_path):
     _outcomes(tmp_path, [n for n in teams() if n not in QUICK])
+
+
+def _resumed(folder, chosen, step):
+    launch(folder / "whole", 2, chosen, 0)
+    launch(folder / "resumed", 2, chosen, step)
+    found = {name: compare_resumed(name, folder / "whole", folder / "resumed") for name in chosen}
+    assert set(found.values()) == {0}, found
+
+
+@pytest.mark.ddp
+def test_two_processes_that_were_stopped_end_bit_for_bit_as_two_that_were_not(tmp_path):
+    _resumed(tmp_path, ["no method", "OVOR"], 7)  # the last epoch's second step, for OVOR in a head epoch
+
+
+@pytest.mark.ddp
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [5, 6])  # inside an epoch; where the last epoch begins
+def test_every_method_on_two_processes_goes_on_bit_for_bit(tmp_path, step):
+    _resumed(tmp_path, list(teams()), step)

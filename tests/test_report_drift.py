@@ -6,8 +6,7 @@ import math
 
 import pytest
 
-from cl_plugins.callbacks.drift import drift_events
-from cl_plugins.drift import DriftRow
+from cl_plugins.drift import DriftRow, drift_events
 from cl_plugins.report import write_report
 from cl_plugins.report._drift import CHARTS, drift_payload
 from cl_plugins.report.page import report_content

@@ -94,7 +94,7 @@ def test_a_failure_says_what_is_saved_and_the_next_start_goes_on(tmp_path, whole
         _run(tmp_path / "run", save_every_steps=1)
     said = str(caught.value)
     assert text in said
-    assert "saved up to stream-000006-task-1-step-6.ckpt" in said
+    assert "saved up to stream-000005-task-1-step-6.ckpt" in said
     assert ("--resume" in said) == (kind != "nan")
     monkeypatch.undo()
     _run(tmp_path / "run", resume=True)
@@ -208,7 +208,7 @@ def test_output_that_becomes_read_only_stops_with_a_reason_and_goes_on_when_it_c
     assert said.startswith("the folder cannot be written (")
     assert "Read-only file system" in said
     assert "to go on: allow writing there, then" in said
-    assert "saved up to stream-000006-task-1-step-6.ckpt" in said
+    assert "saved up to stream-000005-task-1-step-6.ckpt" in said
     assert "run the same command with --resume" in said
     monkeypatch.undo()
     _run(tmp_path / "run", resume=True)
@@ -348,39 +348,37 @@ def test_the_kill_test_sees_each_difference(tmp_path):
         assert text is None or any(text.lstrip(".") in f for f in found), (name, found)
 
 
-@pytest.mark.slow
-def test_a_run_that_is_killed_while_it_fills_a_cache_goes_on(tmp_path):
-    code = (
-        "import sys; from pathlib import Path; from cl_plugins import kill_test as k\n"
-        "root = Path(sys.argv[1])\n"
-        "assert k._wait(k._start('lst', root / 'a')) == 0\n"
-        "for count in (1, 3, 8): assert k._wait(k._start('lst', root / 'b', k.CACHING, count)) == -9\n"
-        "assert any((root / 'b' / 'cache').iterdir())\n"
-        "assert k._wait(k._start('lst', root / 'b')) == 0\n"
-        "found = k.differences(root / 'b', root / 'a'); assert not found, found\n"
-    )
+def _in_a_process(folder, *lines):
+    """Run lines that find the kill test as ``k``, the folder as ``root``; it forks, and so wants no threads."""
+    start = "import sys; from pathlib import Path; from cl_plugins import kill_test as k; root = Path(sys.argv[1])"
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=300, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-c", "\n".join([start, *lines]), str(folder)], capture_output=True, text=True, timeout=300,
+        check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_while_it_fills_a_cache_goes_on(tmp_path):
+    _in_a_process(
+        tmp_path,
+        "assert k._wait(k._start('lst', root / 'a')) == 0",
+        "for count in (1, 3, 8): assert k._wait(k._start('lst', root / 'b', k.CACHING, count)) == -9",
+        "assert any((root / 'b' / 'cache').iterdir())",
+        "assert k._wait(k._start('lst', root / 'b')) == 0",
+        "found = k.differences(root / 'b', root / 'a'); assert not found, found",
+    )
 
 
 @pytest.mark.slow
 def test_a_head_epoch_goes_on_after_a_second_stop(tmp_path):
-    code = (
-        "import sys; from pathlib import Path; from cl_plugins import kill_test as k\n"
-        "from cl_plugins.callbacks import ForgettingTracker as T\n"
-        "root = Path(sys.argv[1])\n"
-        "k.aim = lambda name, count: k._kill_at(count, (T, name))\n"
-        "assert k._wait(k._start('ovor', root / 'a')) == 0\n"
-        "assert k._wait(k._start('ovor', root / 'b', 'on_train_epoch_end', 2)) == -9\n"  # behind task 0's last step
-        "assert k._wait(k._start('ovor', root / 'b', 'on_before_backward', 7)) == -9\n"  # in task 1's head epoch
-        "assert k._wait(k._start('ovor', root / 'b')) == 0\n"
-        "found = k.differences(root / 'b', root / 'a'); assert not found, found\n"
+    _in_a_process(
+        tmp_path,
+        "from cl_plugins.callbacks import ForgettingTracker as T",
+        "k.aim = lambda name, count: k._kill_at(count, (T, name))",
+        "assert k._wait(k._start('ovor', root / 'a')) == 0",
+        "assert k._wait(k._start('ovor', root / 'b', 'on_train_epoch_end', 2)) == -9",  # behind task 0's last step
+        "assert k._wait(k._start('ovor', root / 'b', 'on_before_backward', 7)) == -9",  # in task 1's head epoch
+        "assert k._wait(k._start('ovor', root / 'b')) == 0",
+        "found = k.differences(root / 'b', root / 'a'); assert not found, found",
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=300, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr

@@ -12,7 +12,7 @@ from cl_plugins.callbacks import ForgettingTracker, FrozenBackbone, MaskedHead
 from cl_plugins.evaluation import evaluate_tasks
 from cl_plugins.plugin import Row
 from cl_plugins.result import StreamResult
-from tests._helpers import PlainModule, image_data, quiet_trainer, tiny_stream
+from tests._helpers import PlainModule, StopAt, image_data, quiet_trainer, tiny_stream
 
 
 class Recorder(ContinualCallback):
@@ -137,17 +137,6 @@ def test_model_checkpoint_starts_anew_with_each_task(tmp_path):
     trainer = quiet_trainer(callbacks=[checkpoint], enable_checkpointing=True)
     fit_stream(trainer, Counting(), tiny_stream(validation_fraction=0.25))
     assert len(list(tmp_path.glob("*.ckpt"))) >= 2  # a later task's best does not have to beat the first task's
-
-
-class StopAt(pl.Callback):
-    """Ends the process's work at a step, as a crash would."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if trainer.global_step == self.step:
-            raise RuntimeError("power failure")
 
 
 @pytest.mark.parametrize("step", [3, 8, 11, 20])
@@ -312,30 +301,6 @@ def test_result_saves_numbers_that_other_tools_can_read(tmp_path):
         float(torch.stack([matrix[j:2, j].max() - matrix[2, j] for j in range(2)]).mean())
     )
     assert result.to_frame().shape == (3, 3)
-
-
-def test_some_old_tasks_are_drawn_at_task_ends_and_all_after_the_last():
-    def run(**options):
-        stream = tiny_stream(n_tasks=6)
-        return fit_stream(quiet_trainer(max_epochs=1, callbacks=[MaskedHead()]), PlainModule(), stream, **options)
-
-    everything, drawn = run(), run(evaluate_old=2, seed=0)
-    assert run(evaluate_old=9).correct.tolist() == everything.correct.tolist()
-    cells = drawn.correct
-    assert [(row >= 0).sum().item() for row in cells] == [1, 2, 3, 3, 3, 6]
-    assert all(cells[i, i] >= 0 for i in range(6))
-    assert torch.equal(cells[cells >= 0], everything.correct[cells >= 0])  # what is drawn is what was there
-    for name in ("average_accuracy", "learning_accuracy", "backward_transfer"):
-        assert getattr(drawn, name) == getattr(everything, name), name
-    assert drawn.metrics()["forgetting"] is None
-    assert drawn.metrics()["average_incremental_accuracy"] is None
-    assert run(evaluate_old=2, seed=0).correct.tolist() == cells.tolist()
-
-
-@pytest.mark.parametrize("count", [0, -1, 1.5, True])
-def test_the_number_of_old_tasks_is_checked_before_training(count):
-    with pytest.raises(ValueError, match="`evaluate_old` must be an integer of 1 or more"):
-        fit_stream(quiet_trainer(callbacks=[MaskedHead()]), PlainModule(), tiny_stream(), evaluate_old=count)
 
 
 def test_a_long_stream_keeps_the_newest_confusions_alone_and_saves_its_rows_whole():

@@ -5,40 +5,19 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets import CIFAR10
 
 from cl_plugins.scenarios import ClassIncremental, build_scenario, load_data
 from cl_plugins.scenarios.benchmarks import load_class_folders
 from cl_plugins.scenarios.image_files import ImageFiles
-
-
-def write_image(path, value=0, size=(12, 10)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.full((*size[::-1], 3), value, np.uint8)).save(path)
+from tests._image_folders import without_checksums, write_cifar100, write_image
 
 
 @pytest.fixture
 def cifar100(tmp_path, monkeypatch):
     """The folder that torchvision unpacks, 200 training and 100 test images; its checksums do not hold for these."""
-    folder = tmp_path / "cifar-100-python"
-    folder.mkdir()
-    for part, n in (("train", 200), ("test", 100)):
-        fine = [i % 100 for i in range(n)]
-        entry = {
-            "data": np.repeat(np.array(fine, np.uint8)[:, None], 3072, 1),
-            "fine_labels": fine,
-            "coarse_labels": [0] * n,
-            "filenames": [f"{i}.png" for i in range(n)],
-            "batch_label": "",
-        }
-        (folder / part).write_bytes(pickle.dumps(entry))
-    names = {"fine_label_names": [f"thing {i}" for i in range(100)], "coarse_label_names": ["all"]}
-    (folder / "meta").write_bytes(pickle.dumps(names))
-    monkeypatch.setattr(CIFAR100, "train_list", [["train", None]])
-    monkeypatch.setattr(CIFAR100, "test_list", [["test", None]])
-    monkeypatch.setattr(CIFAR100, "meta", {**CIFAR100.meta, "md5": None})
-    return tmp_path
+    without_checksums(monkeypatch)
+    return write_cifar100(tmp_path, per_class=2, by_label=True)
 
 
 def test_cifar100(cifar100):

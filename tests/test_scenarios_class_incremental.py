@@ -165,6 +165,7 @@ def test_explicit_lists_may_leave_classes_out():
         ({"n_tasks": 2, "class_order": [0, 1, 2, 2]}, r"got 4: \[\] are not in the data, \[2\] stand twice, \[3\] are"),
         ({"n_tasks": 2, "class_order": [3, 2, 1, 0], "order_seed": 1}, "`order_seed` must be None when `class_order`"),
         ({"n_tasks": 2, "first_task_classes": 1.5}, "`first_task_classes` must be an integer of 1 or more, got 1.5"),
+        ({"n_tasks": 2, "first_task_classes": True}, "`first_task_classes` must be an integer of 1 or more, got True"),
         ({"n_tasks": 2, "class_order": "abcd"}, "`class_order` must hold the labels as integers, got 'a'; text labels"),
         ({"n_tasks": 2, "validation_fraction": "0.1"}, r"`validation_fraction` must be in \[0, 1\), got '0.1'"),
         ({"n_tasks": 2, "order_seed": -1}, "`order_seed` must be an integer of 0 or more, got -1"),

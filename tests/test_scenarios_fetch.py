@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import sys
 import tarfile
 from functools import partial
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -9,6 +10,7 @@ from threading import Thread
 
 import numpy as np
 import pytest
+from torchvision import datasets
 from torchvision.datasets import CIFAR100, DTD, MNIST
 
 from cl_plugins.scenarios import load_data
@@ -192,10 +194,32 @@ def test_an_interrupted_transfer_set_goes_on(server, tmp_path, monkeypatch):
     assert len(server["asked"]) == 6  # nothing is asked for when all is there
 
 
-def test_archives_lie_where_torchvision_looks():
-    for name in ("dtd", "eurosat", "flowers102", "food101", "oxford-pets", "sun397"):
-        for url, folder, md5 in archives(name):
-            assert url.startswith("http")
-            assert len(md5) == 32
-            assert folder in ("", "dtd", "eurosat", "flowers-102", "oxford-iiit-pet")
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("dtd", datasets.DTD),
+        ("eurosat", datasets.EuroSAT),
+        ("flowers102", datasets.Flowers102),
+        ("food101", datasets.Food101),
+        ("oxford-pets", datasets.OxfordIIITPet),
+        ("sun397", datasets.SUN397),
+    ],
+)
+def test_archives_lie_where_torchvision_looks(name, kind, tmp_path, monkeypatch):
+    """What torchvision itself would download, to which folder and with which sum."""
+    wanted = set()
+
+    def note(url, download_root, *arguments, md5=None, **options):
+        wanted.add((url.rpartition("/")[2], str(download_root), md5))
+
+    module = sys.modules[kind.__module__]
+    for function in {"download_and_extract_archive", "download_url"} & vars(module).keys():
+        monkeypatch.setattr(module, function, note)
+    with pytest.raises((RuntimeError, FileNotFoundError)):  # nothing has come
+        kind(str(tmp_path), download=True)
+    assert wanted
+    assert {(u.rpartition("/")[2], str(tmp_path / f).rstrip("/"), md5) for u, f, md5 in archives(name)} == wanted
+
+
+def test_sets_that_are_left_to_torchvision_have_no_archives():
     assert archives("caltech101") == archives("aircraft") == []

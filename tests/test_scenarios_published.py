@@ -8,7 +8,6 @@ from threading import Thread
 import numpy as np
 import pytest
 import torch
-from torchvision.datasets import CIFAR100
 from torchvision.datasets.utils import calculate_md5
 
 from cl_plugins import fit_stream
@@ -21,6 +20,7 @@ from cl_plugins.scenarios.core50 import NAMES, new_classes
 from cl_plugins.scenarios.few_shot_benchmarks import PublishedFewShot
 from tests._helpers import PlainModule, quiet_trainer, tiny_vit
 from tests._image_folders import (
+    without_checksums,
     write_cifar100,
     write_core50,
     write_cub,
@@ -42,9 +42,7 @@ def brightness(loader):
 
 @pytest.fixture
 def cifar100(tmp_path, monkeypatch):
-    monkeypatch.setattr(CIFAR100, "train_list", [["train", None]])
-    monkeypatch.setattr(CIFAR100, "test_list", [["test", None]])
-    monkeypatch.setattr(CIFAR100, "meta", {**CIFAR100.meta, "md5": None})
+    without_checksums(monkeypatch)
     return write_cifar100(tmp_path)
 
 

@@ -31,9 +31,9 @@ from cl_plugins.callbacks import (
 from cl_plugins.scenarios import ClassIncremental
 from cl_plugins.side_network import TapRecord
 from cl_plugins.taps import tapping
-from cl_plugins.tokens import TokenLayout, run_late
+from cl_plugins.tokens import TokenLayout, run_late, text_position
 from tests._helpers import PlainModule, quiet_trainer
-from tests._side import METHODS, PYRAMID, started
+from tests._side import METHODS, PYRAMID, backward_saving_outside, started
 
 SIZES = {"width": 16, "heads": 2, "layers": 4}
 TEXT = {name: METHODS[name] for name in ("lst", "sherl", "side-tuning")}
@@ -43,7 +43,7 @@ END = 19
 def text_tower(**options) -> TextTransformer:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        tower = TextTransformer(context_length=8, vocab_size=20, **{"output_dim": 12, **SIZES, **options})
+        tower = TextTransformer(**{"context_length": 8, "vocab_size": 20, "output_dim": 12, **SIZES, **options})
         for parameter in tower.parameters():
             nn.init.normal_(parameter, std=0.3)
     return tower
@@ -111,24 +111,31 @@ def test_taps_and_late_blocks_follow_the_tower(options):
         assert record.causal
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [1, 1]),
+        ({"pool_type": "first"}, [0, 0]),
+        ({"pool_type": "last"}, [3, 3]),
+        *([({"pool_type": "eos", "eos_id": 5}, [2, 0])] if EOS else []),
+    ],
+)
+def test_the_token_that_is_read_is_the_towers_own(options, expected):
+    tower, ids = text_tower(context_length=4, **options), torch.tensor([[3, 9, 5, 0], [5, 9, 2, 0]])
+    found = find_backbone(tower, text=True)
+    assert text_position(found, ids).tolist() == expected
+    with tapping(found, range(5)) as taps:
+        got = tower.train()(ids)
+        record = taps.take()
+    torch.testing.assert_close(run_late(found, record.taps[3], 1, record.position), got)
+
+
 @pytest.mark.parametrize("name", TEXT)
 @pytest.mark.parametrize("options", POOLS, ids=lambda o: o.get("pool_type", "argmax"))
 def test_no_tensor_of_the_tower_is_saved_and_the_side_network_learns(name, options):
     module = started(TEXT[name](regime="shared"), TextModule(text_tower(**options))).train()
-    taps, while_running = module.plugins["taps"], []
-
-    def pack(tensor):
-        while_running.append(taps.running)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = cross_entropy(module(texts()), torch.tensor([0, 1, 0]))
-    assert while_running
-    assert not any(while_running)
-    loss.backward()
+    backward_saving_outside(module, texts())
     assert all(p.grad is None for p in module.tower.parameters())
-    own = module.plugins["side"].active.parameters()
-    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in own)
 
 
 @pytest.mark.parametrize("name", TEXT)

@@ -170,17 +170,35 @@ def test_refusals():
     copy.deepcopy(groups.state_dict())
 
 
-def test_share_of_test_prompts_that_find_their_group():
-    """A paraphrase without the task's words goes astray, and the share says so."""
-    mixed = [Example(YES, "", "yes"), Example("Deny nothing, approve.", "", "yes")]
-    stream = InstructionStream([TextTask("a", [Example(YES, "", "yes")] * 4, mixed * 2), _task("b", NO, "no")])
-    groups, module = TaskGroups(threshold=0.9), nn.Linear(1, 1)
+def _shares(groups, stream):
+    """The share of each task's test prompts that find its group, at the end of the stream."""
+    module = nn.Linear(1, 1)
     groups.on_stream_start(None, None, stream)
     for task in stream.tasks:
         groups.start_task(module, task)
         groups.end_task(module, task)
-    shares = [e["share"] for e in groups.report_events(module) if e["name"] == "TaskGroups/allocated"]
-    assert shares == [0.5, 1.0]
+    return [e["share"] for e in groups.report_events(module) if e["name"] == "TaskGroups/allocated"]
+
+
+def test_share_of_test_prompts_that_find_their_group():
+    """A paraphrase without the task's words goes astray, and the share says so."""
+    mixed = [Example(YES, "", "yes"), Example("Deny nothing, approve.", "", "yes")]
+    stream = InstructionStream([TextTask("a", [Example(YES, "", "yes")] * 4, mixed * 2), _task("b", NO, "no")])
+    assert _shares(TaskGroups(threshold=0.9), stream) == [0.5, 1.0]
+
+
+def test_the_share_of_many_test_prompts_is_that_of_an_even_sample():
+    asked = []
+
+    class Counting(InstructionGroups):
+        def share_allocated(self, texts, group):
+            asked.append(len(texts))
+            return super().share_allocated(texts, group)
+
+    rows = [Example(YES, "", "yes")] * 600 + [Example("Deny nothing, approve.", "", "yes")] * 600
+    stream = InstructionStream([TextTask("a", rows[:4], rows), _task("b", NO, "no")])
+    assert _shares(TaskGroups(Counting(threshold=0.9)), stream) == [0.5, 1.0]
+    assert asked == [400, 4]
 
 
 def test_options_of_the_codebook_by_name():

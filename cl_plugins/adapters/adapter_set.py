@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from cl_plugins._reading import read_safetensors
 from cl_plugins.adapters.delta import LinearDelta
 from cl_plugins.targets import Attachment, Site
 
@@ -112,12 +112,7 @@ def read_adapters(path: str | Path, method: str) -> tuple[dict[str, Any], dict[s
     Raises:
         ValueError: for a file of something else.
     """
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it is no mapping
-    except (SafetensorError, ValueError, OverflowError) as error:
-        raise ValueError(f"`path` must be a whole safetensors file, got {str(path)!r}: {error}") from error
+    metadata, tensors = read_safetensors(path)
     if "cl_plugins" not in metadata:
         raise ValueError(f"`path` must be a file written by `export_adapters`, got {str(path)!r} without its header")
     header = _header(metadata["cl_plugins"], path)

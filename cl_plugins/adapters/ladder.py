@@ -96,11 +96,14 @@ class SideAttention(nn.Module):
 
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:
         """``(batch, tokens, dim)`` to the same; ``causal`` tokens attend to earlier ones and themselves."""
-        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)  # (batch, heads, tokens, head_dim)
+        q, k, v = (self._heads(part) for part in self.qkv(x).chunk(3, 2))  # one copy less in backward than unbind(0)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         result: Tensor = self.proj(out.transpose(1, 2).flatten(2))
         return result
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """``(batch, tokens, dim)`` as ``(batch, heads, tokens, head_dim)``."""
+        return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
 
     def one_token(self, x: Tensor, position: Tensor | None = None, causal: bool = False) -> Tensor:
         """What one token ``(batch, 1, dim)`` gets of ``x``, without the other tokens' queries."""
@@ -108,8 +111,7 @@ class SideAttention(nn.Module):
         weight, bias = self.qkv.weight, self.qkv.bias
         own = F.linear(_one(x, position), weight[:dim], None if bias is None else bias[:dim])
         all_ = F.linear(x, weight[dim:], None if bias is None else bias[dim:])
-        q = own.view(len(x), 1, self.heads, -1).transpose(1, 2)
-        k, v = all_.view(*x.shape[:2], 2, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = (self._heads(part) for part in (own, *all_.chunk(2, 2)))
         allowed = None
         if causal:
             last = torch.zeros(len(x), 1, dtype=torch.int64, device=x.device) if position is None else position[:, None]

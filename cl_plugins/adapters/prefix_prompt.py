@@ -17,7 +17,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from itertools import starmap
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -129,10 +129,10 @@ class PrefixSlot(nn.Module):
             raise RuntimeError(f"the prefix of {where} is attached to another layer; call `detach()` first")
         if "forward" in vars(layer):
             raise RuntimeError(f"the `forward` of {where} is already replaced; detach the other adapter first")
-        multihead = isinstance(layer, nn.MultiheadAttention)
+        multihead, fields = isinstance(layer, nn.MultiheadAttention), cast("Any", layer)
         reason = _mha_obstacle(layer) if multihead else _timm_obstacle(layer)
         if reason is None:
-            width = layer.embed_dim if multihead else layer.qkv.out_features // 3  # type: ignore[union-attr, operator]
+            width = fields.embed_dim if multihead else fields.qkv.out_features // 3
             if width != self.prompt.shape[1]:
                 reason = f"its heads are {width} wide together, the prompt {self.prompt.shape[1]}"
         if reason is not None:

@@ -240,7 +240,8 @@ def fisher_importance(
     try:
         for parameter in tensors:
             parameter.requires_grad_(True)
-        for count, batch in enumerate(batches, 1):  # noqa: B007  the count is read behind the loop
+        for batch in batches:
+            count += 1
             gradients = torch.autograd.grad(loss(batch), tensors, allow_unused=True)
             for total, gradient in zip(sums, gradients, strict=True):
                 if gradient is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from cl_plugins.commands._measuring import add_measuring
 from cl_plugins.commands._pairs import pairs, with_root
 
 HELP = "train a method on a scenario"
@@ -33,21 +34,12 @@ def parser() -> ArgumentParser:
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder where it was stopped")
     parser.add_argument("--save-every-steps", type=int | None, default=None, help="save inside tasks, too")
     parser.add_argument("--save-every-minutes", type=float | None, default=None, help="save inside tasks, too")
-    parser.add_argument(
-        "--eval-every", type=int | None, default=None, help="evaluate inside tasks, too, after so many optimizer steps"
-    )
-    parser.add_argument(
-        "--eval-tasks", type=int | None, default=None, help="with --eval-every: draw so many old tasks, instead of all"
-    )
-    parser.add_argument(
-        "--eval-samples", type=int | None, default=None, help="with --eval-every: at most so many samples of a task"
-    )
+    add_measuring(parser)
     parser.add_argument(
         "--eval-old", type=int | None, default=None, help="at task ends draw so many old tasks, instead of all"
     )
     parser.add_argument("--keep-checkpoints", action="store_true", help="leave both when the run is finished, not one")
     parser.add_argument("--adapters", action="store_true", help="also write checkpoints/adapters.safetensors")
-    parser.add_argument("--drift", action="store_true", help="measure features, calibration and memory at task ends")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from cl_plugins.commands._measuring import add_measuring
 from cl_plugins.commands._pairs import pairs
 
 HELP = "many runs: methods x scenarios x seeds"
@@ -30,16 +31,7 @@ def parser() -> ArgumentParser:
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--engine", type=str, default="local", help="local, or ray")
     parser.add_argument("--address", type=str | None, default=None, help="of the Ray cluster; starts one when left out")
-    parser.add_argument(
-        "--eval-every", type=int | None, default=None, help="evaluate inside tasks, too, after so many optimizer steps"
-    )
-    parser.add_argument(
-        "--eval-tasks", type=int | None, default=None, help="with --eval-every: draw so many old tasks, instead of all"
-    )
-    parser.add_argument(
-        "--eval-samples", type=int | None, default=None, help="with --eval-every: at most so many samples of a task"
-    )
-    parser.add_argument("--drift", action="store_true", help="measure features, calibration and memory at task ends")
+    add_measuring(parser)
     parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="of all methods, or METHOD.KEY=VALUE")
     parser.add_argument("--data", action="append", metavar="KEY=VALUE", help="an argument of all the scenarios")
     return parser

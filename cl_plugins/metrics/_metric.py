@@ -27,13 +27,16 @@ class MatrixMetric(MatrixState):
 
     name: ClassVar[str]
     function: ClassVar[Callable[..., Any]]
-    needs: ClassVar[frozenset[str]] = frozenset()
-    """What a value requires: ``"old"`` task, ``"second"`` boundary, ``"initial"`` row, or a reference by name."""
 
     def __init__(self, n_tasks: int | None = None, **kwargs: Any) -> None:
         super().__init__(n_tasks, **kwargs)
         self.undefined: str | None = None
         """Why the latest result is NaN; None when it is defined."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What a value requires: ``"old"`` task, ``"second"`` boundary, ``"initial"`` row, or a reference by name."""
+        return frozenset()
 
     @property
     def key(self) -> str:

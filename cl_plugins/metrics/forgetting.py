@@ -165,7 +165,7 @@ class ForwardTransfer(MatrixMetric):
         self.baseline = baseline
 
     @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
+    def needs(self) -> frozenset[str]:
         """A second boundary, and the initial row for the default scheme."""
         reads_initial = self.scheme == "previous" and self.baseline == "initial"
         return frozenset({"second", "initial"}) if reads_initial else frozenset({"second"})

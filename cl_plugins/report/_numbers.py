@@ -155,7 +155,7 @@ class Group:
 
 
 def group_runs(runs: Sequence[Run], values: Sequence[dict[str, float]]) -> list[Group]:
-    """Runs by scenario and method; within a scenario the best method by what ranks stands first, upper bounds last."""
+    """Runs by scenario and method; within a scenario the best method by what ranks stands first, joint references last."""
     groups: dict[tuple[str, str], Group] = {}
     for index, (run, multi_label) in enumerate(zip(runs, multi_label_runs(runs), strict=True)):
         method, scenario = str(run.meta.get("method") or run.id), scenario_of(run)
@@ -226,7 +226,7 @@ def cost_of(run: Run) -> dict[str, float]:
 
 
 def is_reference(run: Run) -> bool:
-    """Whether the run trained on all tasks at once: an upper bound, not a method to rank."""
+    """Whether the run trained on all tasks at once: a reference, no method to rank."""
     recipe = run.meta.get("recipe")
     return isinstance(recipe, Mapping) and recipe.get("joint") is True
 

@@ -100,7 +100,7 @@ def _two(upper: str, lower: str, kind: str = "") -> str:
 def _line(entry: MethodEntry, scenario: ScenarioComparison, comparison: MethodComparison) -> str:
     low, high = _bounds(scenario)
     best = entry is scenario.entries[0] and not entry.reference
-    tags = ["baseline"] * (entry.method == scenario.baseline) + ["upper bound"] * entry.reference
+    tags = ["baseline"] * (entry.method == scenario.baseline) + ["joint reference"] * entry.reference
     tag = "".join(f'<span class="below">{t}</span>' for t in tags)
     cells = [_two(_amount(entry.summary), f"n = {entry.runs}")]
     if entry.difference is None:
@@ -223,7 +223,7 @@ def _definitions(comparison: MethodComparison) -> str:
         "p (Holm)": "exact two-sided sign-flip test of that difference, after Holm's correction over all tests on this"
         " page; below it the same test alone",
         "mean rank": "Borda: rank of the method, averaged; 1 is best",
-        "upper bound": "trains on all tasks at once; neither tested nor ranked",
+        "joint reference": "trains on all tasks at once; neither tested nor ranked",
     }
     return "".join(f"<dt>{text(k)}</dt><dd>{text(v)}</dd>" for k, v in entries.items())
 

@@ -17,6 +17,7 @@ from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
+from typing import cast
 from urllib.parse import parse_qs, urlsplit
 
 from cl_plugins.run_writer import event_files
@@ -182,7 +183,7 @@ def _send(request: BaseHTTPRequestHandler, status: int, body: str = "", kind: st
 
 
 def _answer(request: BaseHTTPRequestHandler, news: _News, closing: threading.Event) -> None:
-    port = request.server.server_address[1]  # type: ignore[index]
+    port = cast("ThreadingHTTPServer", request.server).server_port
     hosts = {f"127.0.0.1:{port}", f"localhost:{port}"}
     origin = request.headers.get("Origin")
     foreign = origin is not None and origin not in {f"http://{host}" for host in hosts}

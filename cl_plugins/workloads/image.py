@@ -22,10 +22,10 @@ def check_image_size(model: nn.Module, stream: Any) -> None:
     Raises:
         ValueError: saying both sizes and how to change that of the images.
     """
-    embed = getattr(model, "patch_embed", None)
+    embed: Any = getattr(model, "patch_embed", None)
     if not getattr(embed, "strict_img_size", False) or getattr(stream, "unreadable", "stop") == "skip":
         return
-    wanted = tuple(int(n) for n in embed.img_size)  # type: ignore[union-attr]
+    wanted = tuple(int(n) for n in embed.img_size)
     image = stream.test_loader(0).dataset[0][0]
     got = tuple(int(n) for n in image.shape[-2:])
     if got != wanted:

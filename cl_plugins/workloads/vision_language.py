@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pytorch_lightning as pl
 from torch import Tensor, nn
 
+from cl_plugins._lightning import datamodule_of
 from cl_plugins.clip_glyph import create_clip_glyph
 from cl_plugins.recipes import Recipe
 from cl_plugins.vision_language import TextClassifier
@@ -47,7 +48,7 @@ class VisionLanguageClassifier(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Tell the classifier which classes it is trained on; adapters do so themselves, plain fine-tuning does not."""
-        stream: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        stream = datamodule_of(self.trainer)
         task: Task = stream.tasks[stream.task]
         self.net.start_task(task)
 
