@@ -212,3 +212,13 @@ def test_the_page_runs_nothing_fetches_nothing_and_names_stay_text(folder):
     assert f"{statistics.fmean(FAIR):.3f} ± " in page
     assert page.count("<svg") == 4  # three methods and the axis
     assert page.count('class="tick"') == 18
+
+
+def test_a_difference_is_colored_only_where_its_interval_excludes_zero():
+    results = runs("best", [0.9, 0.91, 0.92]) + runs("near", [0.91, 0.89, 0.90]) + runs("poor", [0.2, 0.21, 0.23])
+    page = render_comparison(results, compare_methods(results))
+    marked = {}
+    for line in page.split("<tr>")[1:]:
+        if "strip-cell" in line and "pairs" in line:
+            marked[line.split("<bdi>")[1].split("<")[0]] = 'class="n worse"' in line
+    assert marked == {"near": False, "poor": True}

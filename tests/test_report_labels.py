@@ -73,7 +73,7 @@ def test_order_ranks_and_curves_follow_map(tmp_path):
     ((head, *lines),) = csv_tables(page)
     at = head.index("mean rank (Borda)")
     assert {line[0]: line[at] for line in lines} == {"precise": "1.00", "counting": "2.00"}
-    assert head[3] == "mAP of seen classes (last row)"
+    assert head[3:5] == ["mean rank (Borda)", "mAP of seen classes (last row)"]
     accuracies = [runs[k].accuracy_matrix[-1].mean() for k in (0, 3)]
     assert accuracies[0] < accuracies[1]  # by label accuracy the ranks would be the other way round
     for run, shown in zip(runs, data["runs"], strict=True):
@@ -93,6 +93,7 @@ def test_no_name_of_a_labelled_page_says_accuracy_alone(tmp_path):
         assert "label accuracy" in told
     assert "forgetting of label accuracy (peak since learned)" in place(page, "table")
     assert "k the number of its labels" in place(page, "definitions")
+    assert '<h3 class="written">mAP of seen classes' in place(page, "tiles")  # no style writes it as MAP
     plain = [record(tmp_path, "plain")]
     assert "label accuracy" not in place(plain, "definitions") + place(plain, "tiles") + place(plain, "table")
     assert "mAP" not in place(plain, "definitions")
@@ -163,7 +164,7 @@ def test_its_page_and_tables_name_what_each_scenario_shows():
     assert "label accuracy" not in first
     assert "mAP" not in first
     assert not re.search(r">(average|incremental) accuracy<", second)
-    assert "average accuracy (last row) and mAP of seen classes (last row) of 12 runs" in page
+    assert "Compared by average accuracy (last row) and mAP of seen classes (last row) over 12 runs." in page
     rows = {(row["scenario"], row["method"]): row for row in table_rows(results())}
     assert rows["digits", "a"]["average accuracy"].startswith("0.910")
     assert rows["digits", "a"]["label accuracy"] == rows["digits", "a"]["mAP"] == ""

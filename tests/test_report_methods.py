@@ -12,6 +12,7 @@ from cl_plugins import functional
 from cl_plugins.benchmark import run_benchmark
 from cl_plugins.report import render_report, write_report
 from cl_plugins.report._numbers import group_runs, measures_of
+from cl_plugins.report.page import report_content
 from cl_plugins.runs import RunWriter, read_run
 from cl_plugins.stats import variance_parts
 from tests._browser import CHROMIUM, Page
@@ -98,6 +99,23 @@ def test_ranks_stand_in_the_table(tmp_path):
     lines = data_of(page)["copies"]["CSV"].splitlines()
     at = lines[0].split(",").index("mean rank (Borda)")
     assert {line.split(",")[0]: line.split(",")[at] for line in lines[1:]} == {"a": "2.00", "b": "1.00"}
+
+
+def test_columns_that_references_alone_have_and_orders_of_a_joint_run_in_one_task(tmp_path):
+    runs = [record(tmp_path, f"a{s}", seed=s) for s in range(3)]
+    joint = record(tmp_path, "joint", method="joint", full=True, n_tasks=5)
+    joint.meta["recipe"] = {"joint": True}
+    page = render_report([*runs, joint])
+    assert "transfer (before learning" not in data_of(page)["copies"]["CSV"]
+    assert (
+        "transfer (before learning"
+        in data_of(render_report([*runs, record(tmp_path, "b", full=True)]))["copies"]["CSV"]
+    )
+    with RunWriter(tmp_path, "one") as writer:
+        writer.write("run", method="joint", scenario="split-digits", seed=0, recipe={"joint": True})
+        writer.write("task", index=0, name="all", classes=[c for t in runs[0].tasks for c in t.classes])
+        writer.write("row", after=0, correct=[9], total=[10])
+    assert "class orders" not in report_content([*runs, read_run(tmp_path / "one")])["html"]["notices"]
 
 
 def test_a_method_has_one_color_on_all_scenarios(tmp_path):

@@ -42,11 +42,12 @@ def run_labels(runs: Sequence[Run]) -> list[str]:
 def _tile(measure: str, entry: Measure, shown: str, note: str) -> str:
     title, _, variant = entry.name.partition(" (")
     variant = f"({variant}" if variant else ""
+    written = ' class="written"' if title.startswith("mAP") else ""  # others begin with a capital
     undefined = shown == UNDEFINED
     reason = f'<p class="note">{text(entry.undefined)}</p>' if undefined else f'<p class="note">{text(note)}</p>'
     return (
         f'<div class="tile{" undefined" if undefined else ""}" title="{text(entry.definition)}">'
-        f'<h3>{text(title)} <span class="variant">{text(variant)}</span></h3>'
+        f'<h3{written}>{text(title)} <span class="variant">{text(variant)}</span></h3>'
         f'<p class="value" data-measure="{measure}">{text(shown)}</p>{reason}</div>'
     )
 
@@ -89,7 +90,9 @@ def _table(lines: Sequence[Sequence[str]]) -> str:
     head = "".join(f'<th scope="col"{" class=n" if i > 1 else ""}>{text(c)}</th>' for i, c in enumerate(lines[0]))
     body = []
     for line in lines[1:]:
-        cells = [f'<th scope="row">{name(line[0])}</th><td>{name(line[1])}</td>']
+        # short names stay on one line, hyphens and all
+        first, second = (' class="long"' if len(c) > 28 else "" for c in line[:2])
+        cells = [f'<th scope="row"{first}>{name(line[0])}</th><td{second}>{name(line[1])}</td>']
         cells += [f'<td class="n{" undefined" if c == UNDEFINED else ""}">{text(c)}</td>' for c in line[2:]]
         body.append(f"<tr>{''.join(cells)}</tr>")
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
@@ -210,5 +213,5 @@ def default_title(runs: Sequence[Run], groups: Sequence[Group]) -> str:
     scenarios = sorted({g.scenario for g in groups if g.scenario})
     if len(groups) == 1:
         return groups[0].label
-    where = f" on {scenarios[0]}" if len(scenarios) == 1 else ""
+    where = f" on {scenarios[0]}" if len(scenarios) == 1 else f" on {len(scenarios)} scenarios" if scenarios else ""
     return f"{len({g.method for g in groups})} methods{where}, {len(runs)} runs"

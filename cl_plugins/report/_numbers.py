@@ -238,9 +238,9 @@ def steps_of(run: Run) -> int:
     return steps if isinstance(steps, int) and steps > 0 else len(run.tasks)
 
 
-def class_order(run: Run) -> tuple[tuple[int, ...], ...]:
-    """The classes of the tasks, in order."""
-    return tuple(task.classes for task in run.tasks)
+def class_order(run: Run) -> tuple[int, ...]:
+    """The classes in the order of their tasks; a joint run that has them in one task saw the same order as others."""
+    return tuple(c for task in run.tasks for c in task.classes)
 
 
 def warnings_of(runs: Sequence[Run], groups: Sequence[Group]) -> list[str]:

@@ -77,7 +77,8 @@ def _array(value: Any) -> np.ndarray[Any, Any] | None:
         array = np.asarray(value, dtype=np.float64)
     except (ValueError, TypeError, OverflowError):
         return None
-    return array if array.ndim <= 2 and array.size > 0 else None
+    known = array.ndim > 0 or bool(np.isfinite(array))
+    return array if known and array.ndim <= 2 and array.size > 0 else None
 
 
 def _texts(value: Any) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from cl_plugins.runs import Run
 
 from ._measures import LABEL_MEASURES, measures_for
-from ._numbers import UNDEFINED, Group, cost_of, mean_ranks, number, quantity, summarize
+from ._numbers import UNDEFINED, Group, cost_of, is_reference, mean_ranks, number, quantity, summarize
 
 COLUMNS = (
     *LABEL_MEASURES,
@@ -25,7 +25,7 @@ COLUMNS = (
     "average_all_cells",
 )
 OPTIONAL = (*LABEL_MEASURES, "forward_transfer", "transfer", "average_all_cells")
-"""Left out where no run has them, as in streams that are evaluated on learned tasks alone."""
+"""Left out where only references have them or none, as in streams that are evaluated on learned tasks alone."""
 _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
@@ -60,10 +60,10 @@ def tables(runs: Sequence[Run], groups: Sequence[Group], values: Sequence[dict[s
 def _lines(runs: Sequence[Run], groups: Sequence[Group], values: Sequence[dict[str, float]]) -> list[list[str]]:
     """Heading and one line a method of groups of one kind."""
     ranks = mean_ranks(runs, values)
-    own = [values[i] for g in groups for i in g.members]
+    own = [values[i] for g in groups for i in g.members if not is_reference(runs[i])]
     columns = [c for c in COLUMNS if c not in OPTIONAL or any(math.isfinite(v[c]) for v in own)]
     names = [measures_for(groups[0].multi_label)[c].name for c in columns]
-    heading = ["method", "scenario", "n", *names, "mean rank (Borda)"]
+    heading = ["method", "scenario", "n", "mean rank (Borda)", *names]
     lines = [[*heading, "training seconds (mean)", "trainable parameters (max over tasks)"]]
     for group in groups:
         costs = [cost_of(runs[i]) for i in group.members]
@@ -72,8 +72,8 @@ def _lines(runs: Sequence[Run], groups: Sequence[Group], values: Sequence[dict[s
                 group.method,
                 group.scenario,
                 str(len(group.members)),
-                *(cell(group, c, values) for c in columns),
                 "not ranked" if (rank := ranks[group.method]) is None else f"{rank:.2f}",
+                *(cell(group, c, values) for c in columns),
                 quantity(_mean([c["train_seconds"] for c in costs])),
                 quantity(_mean([c["trainable"] for c in costs])),
             ]

@@ -107,7 +107,8 @@ def _line(entry: MethodEntry, scenario: ScenarioComparison, comparison: MethodCo
         cells.append(_two("", ""))
     else:
         better = (entry.difference.mean > 0) is comparison.higher_is_better
-        kind = "" if not entry.difference.mean else " better" if better else " worse"
+        half = entry.difference.half_width  # colored where the interval leaves no doubt about the sign
+        kind = "" if half is None or abs(entry.difference.mean) <= half else " better" if better else " worse"
         n = entry.difference.n
         cells.append(_two(_amount(entry.difference, signed=True), f"{n} pair{'s' * (n > 1)}", kind))
     cells.append(_two(_p(entry.adjusted_p), "" if entry.p_value is None else f"alone {_p(entry.p_value)}"))
@@ -218,7 +219,7 @@ def _definitions(comparison: MethodComparison) -> str:
     entries |= {
         "mean ± 95 % t": "mean over runs and half of the t interval; a run is the unit, below 3 there is no interval",
         "difference, pairs": "mean paired difference to the baseline over the runs with the same seed, order seed and"
-        " class order, and their number",
+        " class order, and their number; colored where its interval does not hold 0",
         "p (Holm)": "exact two-sided sign-flip test of that difference, after Holm's correction over all tests on this"
         " page; below it the same test alone",
         "mean rank": "Borda: rank of the method, averaged; 1 is best",
@@ -247,7 +248,7 @@ def render_comparison(results: Sequence[dict[str, Any]], comparison: MethodCompa
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{text(heading)}</title><style>{_asset('report.css')}{_asset('comparison.css')}</style></head><body>"
         f'<header><p class="kind">Comparison of methods</p><h1><bdi>{text(heading)}</bdi></h1>'
-        f'<p class="lede">{text(" and ".join(comparison.measure_names))} of {len(results)} runs.</p>'
+        f'<p class="lede">Compared by {text(" and ".join(comparison.measure_names))} over {len(results)} runs.</p>'
         + (f'<ul class="notices" role="status">{notes}</ul>' if notes else "")
         + "</header><main>"
         + "".join(_scenario(s, comparison, rows) for s in comparison.scenarios)

@@ -163,7 +163,7 @@ const retention = {
     plot.below[0].axis_label = state.axis === "age" ? "tasks since learned" : "after task";
     const pad = Math.max(v.rows * 0.06, 0.25);
     const least = (many ? bands.low : lines.ys.flat()).reduce((a, b) => Math.min(a, b), 1);
-    range(plot, -pad / 2, Math.max(v.rows - 1, 1) + pad, least > 0.35 ? least - 0.06 : -0.03, 1.015);
+    range(plot, -pad / 2, Math.max(v.rows - 1, 1) + pad, least > 0.35 ? least - Math.max(0.02, 0.2 * (1 - least)) : -0.03, 1.015);
     this.spread(labels, plot.y_range);
     fill(plot, "labels", labels);
     empty("retention", v.rows ? "" : "nothing was evaluated yet");

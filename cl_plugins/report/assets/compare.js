@@ -157,7 +157,7 @@ function bars(name, parts, unit) {
       this.top = Math.max(...data.top, 0);
       fillBars(plot, data, striped);
       range(plot, -0.6, Math.max(v.tasks, 1) - 0.4, 0, this.top * 1.08 || 1);
-      empty(name, data.x.length ? "" : "not recorded");
+      empty(name, !data.x.length ? "not recorded" : this.top > 0 ? "" : name === "parameters" ? "0: no parameter is trained by gradients" : "0 in every task");
     },
     hover(x) {
       const j = Math.round(x), lines = this.byTask?.get(j);

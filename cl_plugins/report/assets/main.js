@@ -98,7 +98,7 @@ function draw() {
   if (state.task >= v.tasks) { state.task = -1; state.pinned = false; }
   for (const tiles of document.querySelectorAll(".tiles")) tiles.hidden = tiles.dataset.selection !== state.selection;
   if (charts.drift0) byId("drift-about").textContent = driftNote(v);
-  if (charts.panel0) byId("panels-about").textContent = v.runs.length > 1 ? `What the plugins report; one run: ${v.runs[0].label}.` : "What the plugins report after each task.";
+  if (charts.panel0) byId("panels-about").textContent = !v.runs[0].panels.length ? "This method reports nothing about itself." : v.runs.length > 1 ? `What the plugins report; one run: ${v.runs[0].label}.` : "What the plugins report after each task.";
   for (const chart of Object.values(charts)) chart.draw();
   lede();
   forgotten();

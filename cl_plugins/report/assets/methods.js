@@ -25,7 +25,8 @@ const stream = {
     range(plot, first - 0.02 * last, last * 1.03, y0, y1);
     plot.left[0].axis_label = words(v).row;
     empty("stream", this.points.length ? "" : "nothing was evaluated yet");
-    byId("stream-about").textContent = `Mean over the runs of each method${scenario() ? ` on ${scenario()}` : ""} of the ${v.multiLabel ? "mAP of the classes seen so far" : "average accuracy over the tasks learned so far"}; the band is the 95 % t interval, from 3 runs on.`;
+    const what = v.multiLabel ? "mAP of the classes seen so far" : "average accuracy over the tasks learned so far";
+    byId("stream-about").textContent = PAGE.runs.length === 1 ? `The ${what}, after each task.` : `Mean over the runs of each method${scenario() ? ` on ${scenario()}` : ""} of the ${what}; the band is the 95 % t interval, from 3 runs on.`;
     groupKey(byId("stream-key"));
   },
   hover(x, y) {
