@@ -1,16 +1,24 @@
 """What ForgettingTracker, ForgettingDashboard and its run store cost, as a share of training a tiny ViT.
 
-Every hook of both callbacks is timed inside one ordinary run of ``fit_stream`` at default settings, so nothing else
-is in the figure: hooks of training batches as a share of the time in ``fit``, and hooks at the ends of tasks (rows,
-events, the report) per task.
+Both callbacks stand in one ordinary run of ``fit_stream`` at default settings. Two figures, in CPU time:
 
-    python benchmarks/dashboard_overhead.py
+* Side by side: their hooks of training batches are called in every other step and left out in the steps between, in the
+  order with, without, without, with. A step lasts from the start of its batch to the start of the next one. Reported is
+  the ratio within each pair of neighbors, median with quartiles, and the same ratio of two steps that both go without,
+  which shows what the measurement itself can tell apart.
+* By a clock around each hook: the time inside the hooks of batches as a share of a step, and the hooks at the ends of
+  tasks (rows, events, the report) per task.
+
+The share of a step should be under one percent.
+
+    python benchmarks/dashboard_overhead.py                   # about a minute
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import tempfile
 import time
@@ -31,17 +39,49 @@ from cl_plugins.recipes import load_recipe
 from cl_plugins.scenarios import ClassIncremental
 from cl_plugins.workloads import ImageClassifier
 
+_ORDER = (True, False, False, True, False, False)  # two pairs with and without, then one without and without
 
-def timed(callback: pl.Callback, spent: dict[str, float], calls: dict[str, int]) -> pl.Callback:
-    """The callback with a clock around each of its hooks."""
+
+class Steps(pl.Callback):
+    """Stands first: says which steps have the hooks, and how long each step took."""
+
+    def __init__(self) -> None:
+        self.on, self._at, self._before = True, 0, 0.0
+        self.blocks: list[list[float]] = []
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A block does not reach over the end of an epoch."""
+        self._at = 0
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Take the time of the step before and set the switch for this one."""
+        now, place = time.process_time(), self._at % len(_ORDER)
+        if self._at:
+            if self._at % len(_ORDER) == 1:
+                self.blocks.append([])
+            self.blocks[-1].append(now - self._before)
+        self.on, self._before, self._at = _ORDER[place], now, self._at + 1
+
+    def ratios(self) -> tuple[list[float], list[float]]:
+        """Of each whole block: with over without, and without over without."""
+        whole = [b for b in self.blocks if len(b) == len(_ORDER)]
+        return [r for b in whole for r in (b[0] / b[1], b[3] / b[2])], [b[4] / b[5] for b in whole]
+
+
+def timed(callback: pl.Callback, steps: Steps, spent: dict[str, float], calls: dict[str, int]) -> pl.Callback:
+    """The callback with a clock around each of its hooks; those of batches follow the switch."""
 
     def clocked(name: str, hook: Any) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:
-            started = time.perf_counter()
+            if not steps.on and _of_batches(name):
+                return None
+            started = time.process_time()
             try:
                 return hook(*args, **kwargs)
             finally:
-                spent[name] += time.perf_counter() - started
+                spent[name] += time.process_time() - started
                 calls[name] += 1
 
         return run
@@ -52,10 +92,20 @@ def timed(callback: pl.Callback, spent: dict[str, float], calls: dict[str, int])
     return callback
 
 
+def _of_batches(name: str) -> bool:
+    return any(part in name for part in ("batch", "zero_grad", "optimizer", "backward"))
+
+
+def _spread(values: list[float]) -> dict[str, Any]:
+    low, middle, high = statistics.quantiles(values, n=4)
+    return {"median": round(middle, 4), "quartiles": [round(low, 4), round(high, 4)], "pairs": len(values)}
+
+
 def main() -> None:
+    """Print the figures as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--backbone", default="vit_glyph")
     parser.add_argument("--tasks", type=int, default=5)
     options = parser.parse_args()
@@ -65,29 +115,28 @@ def main() -> None:
     calls: dict[str, int] = defaultdict(int)
     stream = ClassIncremental("digits", n_tasks=options.tasks, batch_size=options.batch_size)
     module = ImageClassifier(create_backbone(options.backbone, 10), load_recipe("finetune"))
+    steps = Steps()
     with tempfile.TemporaryDirectory() as folder:
-        callbacks = [timed(c, spent, calls) for c in (ForgettingTracker(), ForgettingDashboard(folder))]
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            max_epochs=options.epochs,
-            callbacks=callbacks,
-            **QUIET,
-        )
-        result = fit_stream(trainer, module, stream)
-    training = sum(result.train_seconds)
-    inside = {k: v for k, v in spent.items() if "batch" in k or "zero_grad" in k or "optimizer" in k or "backward" in k}
-    steps = max((calls[k] for k in inside), default=0) // 2
+        callbacks = [timed(c, steps, spent, calls) for c in (ForgettingTracker(), ForgettingDashboard(folder))]
+        trainer = pl.Trainer(accelerator="cpu", max_epochs=options.epochs, callbacks=[steps, *callbacks], **QUIET)
+        fit_stream(trainer, module, stream)
+    every = [second for block in steps.blocks for second in block]
+    step = statistics.median(every)
+    inside = {name: value for name, value in spent.items() if _of_batches(name)}
+    # each hook of the two callbacks was called once in a step that had them
+    per_step = sum(value / (calls[name] / len(callbacks)) for name, value in inside.items())
+    beside, nothing = steps.ratios()
     told = {
-        "steps": steps,
-        "training_seconds": training,
-        "step_ms": 1e3 * training / max(steps, 1),
-        "hooks_per_step_us": 1e6 * sum(inside.values()) / max(steps, 1),
-        "share_of_a_step_percent": 100 * sum(inside.values()) / training,
-        "other_hooks_ms_per_task": 1e3 * (sum(spent.values()) - sum(inside.values())) / options.tasks,
-        "share_of_everything_percent": 100 * sum(spent.values()) / training,
+        "steps": len(every),
+        "step_ms": 1e3 * step,
+        "with_over_without": _spread(beside),
+        "without_over_without": _spread(nothing),
+        "hooks_per_step_us": 1e6 * per_step,
+        "share_of_a_step_percent": 100 * per_step / step,
+        "hooks_at_task_ends_ms_per_task": 1e3 * (sum(spent.values()) - sum(inside.values())) / options.tasks,
         "hooks_ms": {k: 1e3 * v for k, v in sorted(spent.items(), key=lambda kv: -kv[1])[:6]},
     }
-    print(json.dumps(told, indent=1, default=lambda v: round(v, 4)))
+    print(json.dumps(json.loads(json.dumps(told), parse_float=lambda text: round(float(text), 4)), indent=1))
 
 
 if __name__ == "__main__":

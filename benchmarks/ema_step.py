@@ -3,8 +3,10 @@
     python benchmarks/ema_step.py                   # a few seconds on a CPU
     python benchmarks/ema_step.py --device cuda --scale 16
 
-Columns: `interpolation` is the averaging itself (one E <- E + alpha (theta - E) over all tensors), to be compared with
-torch; `whole step` adds what the balanced rule needs beyond it: three L1 sums, two differences, one copy.
+Columns: `one weight` and `a weight each` are the averaging itself (E <- E + alpha (theta - E) over all tensors), as the
+default rule and as the balanced rule need it, to be compared with torch, which has one weight for all; `torch each` is
+torch's multi-tensor call with a list of weights. `whole step` adds what the balanced rule needs beyond it: three L1
+sums, two differences, one copy.
 """
 
 from __future__ import annotations
@@ -53,7 +55,8 @@ def measure(kind: str, device: str, scale: int, repeats: int) -> dict[str, float
     averages: list[Tensor] = [w + 0.1 for w in weights]
     theirs = get_ema_multi_avg_fn(0.99)
     alpha = torch.full((len(weights),), 0.01, device=device)
-    averager = BalancedAverager()
+    each = alpha.tolist() if device == "cpu" else list(alpha.unbind())
+    averager = BalancedAverager("released")
     averager.join([str(i) for i in range(len(weights))], [w + 0.1 for w in weights])
     turn = [grads, other]
 
@@ -71,7 +74,9 @@ def measure(kind: str, device: str, scale: int, repeats: int) -> dict[str, float
     with torch.no_grad():
         steps: dict[str, Callable[[], object]] = {
             "torch": lambda: theirs(averages, weights, 1),
-            "interpolation": lambda: interpolate_(averages, weights, alpha),
+            "one weight": lambda: interpolate_(averages, weights, 0.01),
+            "torch each": lambda: torch._foreach_lerp_(averages, weights, each),
+            "a weight each": lambda: interpolate_(averages, weights, alpha),
         }
         numbers = milliseconds(steps, device, 5 * repeats)
         numbers |= milliseconds({"whole": whole, "loop": loop}, device, repeats)
@@ -87,13 +92,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=31)
     arguments = parser.parse_args()
     print(f"torch {torch.__version__}, {arguments.device}, {torch.get_num_threads()} threads, milliseconds (median)")
-    heads = ("elements", "torch", "interpolation", "ratio", "whole step", "loop", "B/elem")
-    print(f"{'tensors':<48}" + "".join(f"{h:>15}" for h in heads))
+    heads = ["elements", "torch", "one weight", "ratio", "torch each", "a weight each", "ratio"]
+    heads += ["whole step", "loop", "B/elem"]
+    print(f"{'tensors':<48}" + "".join(f"{h:>14}" for h in heads))
     for kind in (SMALL, LORA):
         m = measure(kind, arguments.device, arguments.scale, arguments.repeats)
-        ratio = m["interpolation"] / m["torch"]
-        cells = (m["torch"], m["interpolation"], ratio, m["whole"], m["loop"], m["bytes per element"])
-        print(f"{kind:<48}{int(m['elements']):>15,}" + "".join(f"{c:>15.2f}" for c in cells))
+        one, each = (m[name] / m["torch"] for name in ("one weight", "a weight each"))
+        cells = (m["torch"], m["one weight"], one, m["torch each"], m["a weight each"], each)
+        cells = (*cells, m["whole"], m["loop"], m["bytes per element"])
+        print(f"{kind:<48}{int(m['elements']):>14,}" + "".join(f"{c:>14.2f}" for c in cells))
 
 
 if __name__ == "__main__":
