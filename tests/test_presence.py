@@ -10,6 +10,15 @@ from cl_plugins.cli import main
 from cl_plugins.commands._pairs import with_root
 from cl_plugins.scenarios import scenario_info, scenario_names
 from cl_plugins.scenarios.presence import FILES, availability, find_root
+from tests._image_folders import (
+    write_cifar100,
+    write_core50,
+    write_cub,
+    write_domain_net,
+    write_mini_imagenet,
+    write_mnist,
+    write_tiny_imagenet,
+)
 
 
 def fill(folder, *names):
@@ -43,6 +52,38 @@ def test_alternatives(tmp_path):
     assert "no: n* or train/n*" in availability(info, tmp_path)
     fill(tmp_path, "imagenet-r/train/n01/a.jpg")
     assert find_root(info, tmp_path) == tmp_path / "imagenet-r"
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "rest"),
+    [
+        ("multilabel-voc", "VOCdevkit/readme", "VOCdevkit/VOC2012/Annotations/a.xml"),
+        ("multilabel-voc", "readme", "VOC2007/Annotations/a.xml"),
+        ("multilabel-coco", "annotations/instances_train2014.json", "annotations/instances_val2014.json"),
+    ],
+)
+def test_a_part_is_not_the_whole(tmp_path, name, part, rest):
+    fill(tmp_path, part)
+    assert find_root(scenario_info(name), tmp_path) is None
+    fill(tmp_path, rest)
+    assert find_root(scenario_info(name), tmp_path) == tmp_path
+
+
+WRITERS = {
+    "split-cifar100": write_cifar100,
+    "split-mnist": write_mnist,
+    "core50-nc": write_core50,
+    "split-cub200": write_cub,
+    "domainnet": write_domain_net,
+    "fewshot-mini-imagenet": write_mini_imagenet,
+    "split-tiny-imagenet": write_tiny_imagenet,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_the_layout_that_the_loader_reads_is_found(tmp_path, name):
+    WRITERS[name](tmp_path)
+    assert find_root(scenario_info(name), tmp_path) == tmp_path
 
 
 def test_the_list_says_it(tmp_path, capsys):

@@ -79,6 +79,7 @@ def test_class_names_of_the_data_set_are_taken():
         (Unreadable(), [0.5, 1, 2], r"must be integers or text, got float64 with fractions, infinity or NaN"),
         (Unreadable(), [0, float("nan"), 2], r"must be integers or text, got float64 with fractions, infinity or NaN"),
         (Unreadable(), [0, float("inf"), 2], r"must be integers or text, got float64 with fractions, infinity or NaN"),
+        (Unreadable(), [0, 10**6, 2], r"must be below 1,000,000, .*got 1000000 at sample 1"),
         (Unreadable(), [0, 10**9, 2], r"must be below 1,000,000, .*got 1000000000 at sample 1; pass np.unique"),
         (Unreadable(), np.array([0, 2**63 + 1, 2], np.uint64), r"must be below 1,000,000, .*got 9223372036854775809"),
         (Unreadable(), ["ant", None, "dog"], r"must be given for every sample, got None"),

@@ -29,7 +29,7 @@ from cl_plugins.callbacks import (
 from cl_plugins.side_network import TapRecord
 from cl_plugins.side_routing import TaskRouter
 from cl_plugins.taps import BackboneTaps, tapping
-from cl_plugins.tokens import TokenLayout, patch_grid, run_late
+from cl_plugins.tokens import TokenLayout, patch_grid, project, run_late
 from tests._helpers import PlainModule, quiet_trainer, tiny_stream, tiny_vit
 from tests._side import METHODS, backward_saving_outside, clip_tower, images, saved_bytes, started
 
@@ -260,6 +260,14 @@ def test_identity_start_of_sherl_is_the_frozen_model():
     tokens = default.merge([record.taps[i] for i in range(3)])
     assert not torch.allclose(tokens, record.taps[2])  # the gate is shut: nothing but the random adapter at first
     assert Consolidator(8, 4, 3, score_bias=0.5).score.bias.item() == 0.5
+
+
+def test_a_narrow_feature_meets_the_first_columns_of_the_classifier():
+    backbone, narrow = find_backbone(tiny_vit()), images().flatten(1)[:, :5]
+    wide = project(backbone, narrow, 16, tokens=False)
+    assert torch.equal(wide, torch.cat([narrow, torch.zeros(3, 11)], 1))
+    with pytest.raises(ValueError, match="must take at least 5 features, the side network's width, got 4"):
+        project(backbone, narrow, 4, tokens=False)
 
 
 @pytest.mark.parametrize("variant", ["gated", "norm", "mlp"])
