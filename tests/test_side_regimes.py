@@ -243,6 +243,20 @@ def test_distillation_brings_the_side_network_to_the_backbone():
     assert distance(20) < 0.5 * distance(0)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_what_tells_tasks_apart_reads_the_backbone_without_the_norms_of_a_side_network(training):
+    plain, x = tiny_vit(depth=4).eval(), images()
+    module = started(HierarchicalSideTuning(**PYRAMID, regime="per_task"), tiny_vit(depth=4)).train(training)
+    bank, seen = module.plugins["side"], []
+    module.head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        for norm in bank.active.norms[0].values():
+            norm["weight"].mul_(3)
+        bank.bypass = True
+        module(x)
+        torch.testing.assert_close(seen[0], plain.forward_head(plain.forward_features(x), pre_logits=True))
+
+
 def test_published_pyramid_trains_registers_and_norms_of_its_own():
     module = PlainModule(tiny_vit(depth=4))
     start = copy.deepcopy(module.model.state_dict())
