@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from cl_plugins._lightning import callbacks_of, datamodule_of
-from cl_plugins.evaluation import Predict, default_predict, evaluation_tasks, learned_after
+from cl_plugins._lightning import datamodule_of
+from cl_plugins.evaluation import evaluation_tasks, learned_after
 from cl_plugins.inside_tasks import InsideRow, InsideTasks, sorted_rows
 from cl_plugins.plugin import ContinualCallback, Row, plugins_of
 from cl_plugins.pooled_evaluation import Counts, PooledLoader, evaluate_pooled
-from cl_plugins.stream_state import StreamState, same_randomness
+from cl_plugins.stream_state import same_randomness, stream_predict
 from cl_plugins.task_sampling import draw_tasks
 
 if TYPE_CHECKING:
@@ -148,19 +148,12 @@ class ContinualEvaluation(ContinualCallback):
             )
         return self._loader
 
-    def _predict(self, trainer: pl.Trainer) -> Predict:
-        told = next((c.predict for c in callbacks_of(trainer) if isinstance(c, StreamState)), None)
-        if told is not None:
-            return told
-        own: Predict = getattr(self._stream, "predict", default_predict)
-        return own
-
     def _evaluate(self, trainer: pl.Trainer, module: pl.LightningModule, task: int, tasks: Sequence[int]) -> Counts:
         assert self._stream is not None
         with same_randomness(), ExitStack() as weights:
             for plugin in plugins_of(trainer):
                 weights.enter_context(plugin.evaluation_weights(module))
-            loader, predict = self._open(trainer, tasks), self._predict(trainer)
+            loader, predict = self._open(trainer, tasks), stream_predict(trainer, self._stream)
             return evaluate_pooled(module, self._stream, loader, tasks, task, trainer=trainer, predict=predict)
 
     def _add(

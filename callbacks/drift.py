@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from cl_plugins import functional
-from cl_plugins._lightning import callbacks_of
 from cl_plugins.drift import DriftRow, drift_events, recency_of_row, size_by_kind
 from cl_plugins.drift_probe import read_probe
 from cl_plugins.evaluation import Predict, default_predict, evaluation_tasks, learned_after, seen_classes
 from cl_plugins.plugin import ContinualCallback, Row, plugins_of
 from cl_plugins.result import StreamResult
-from cl_plugins.stream_state import StreamState, same_randomness
+from cl_plugins.stream_state import same_randomness, stream_predict
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -177,8 +176,7 @@ class DriftTracker(ContinualCallback):
     def _predict(self, trainer: pl.Trainer, stream: Stream) -> Predict:
         """How the stream's own evaluation predicts."""
         own: Predict = getattr(stream, "predict", default_predict)
-        told = next((c.predict for c in callbacks_of(trainer) if isinstance(c, StreamState)), None)
-        predict = own if told is None else told
+        predict = stream_predict(trainer, stream)
         if predict == own:
             for plugin in plugins_of(trainer):
                 predict = plugin.predictor(predict)

@@ -287,8 +287,7 @@ def fit_stream(
 
     Args:
         trainer: a Trainer of ``pytorch_lightning`` or ``lightning.pytorch``; ``max_epochs`` is per task. Its callbacks
-            may
-            be any mix of Lightning's own and this library's.
+            may be any mix of Lightning's own and this library's.
         module: the user's module; it needs no more than ``training_step`` and ``configure_optimizers``.
         stream: the tasks, a :class:`cl_plugins.scenarios.TaskStream` or anything like it.
         ckpt_path: continue from this checkpoint, inside a task or between two; ``"last"`` for the newest.

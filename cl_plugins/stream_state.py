@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cl_plugins._lightning import Callback, callbacks_of
 from cl_plugins._processes import of_all_processes
 from cl_plugins._reading import load_tensors
-from cl_plugins.evaluation import Predict
+from cl_plugins.evaluation import Predict, default_predict
 from cl_plugins.label_scores import LabelScores
 from cl_plugins.plugin import Row
 from cl_plugins.result import StreamResult
@@ -115,6 +115,13 @@ def finished_rows(trainer: pl.Trainer) -> list[Row]:
     """The rows that a resumed stream begins with; none in a stream that starts anew."""
     state = next((c for c in callbacks_of(trainer) if isinstance(c, StreamState)), None)
     return [] if state is None else state.rows
+
+
+def stream_predict(trainer: pl.Trainer, stream: Stream) -> Predict:
+    """How the stream under way is evaluated, before methods route samples; in a loop of one's own, the stream's way."""
+    told = next((c.predict for c in callbacks_of(trainer) if isinstance(c, StreamState)), None)
+    own: Predict = getattr(stream, "predict", default_predict)
+    return own if told is None else told
 
 
 class StreamState(Callback):
