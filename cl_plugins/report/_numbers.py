@@ -155,7 +155,7 @@ class Group:
 
 
 def group_runs(runs: Sequence[Run], values: Sequence[dict[str, float]]) -> list[Group]:
-    """Runs by scenario and method; in a scenario the best method by what ranks stands first, joint references last."""
+    """Runs by scenario and method; within a scenario the best by what ranks stands first, joint references last."""
     groups: dict[tuple[str, str], Group] = {}
     for index, (run, multi_label) in enumerate(zip(runs, multi_label_runs(runs), strict=True)):
         method, scenario = str(run.meta.get("method") or run.id), scenario_of(run)
