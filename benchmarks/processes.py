@@ -145,7 +145,7 @@ def worker(folder: Path, chosen: Sequence[str], stop: int | None = None) -> None
         torch.save(outcome, folder / f"{name}.{rank}.pt")
 
 
-def launch(folder: Path, processes: int, chosen: Sequence[str], stop: int | None = None, timeout: float = 300) -> None:
+def launch(folder: Path, processes: int, chosen: Sequence[str], stop: int | None = None, timeout: float = 900) -> None:
     """Start processes as torchrun does and wait for them; a ``stop`` of 0 is the whole run of :func:`stopped`.
 
     Raises:

@@ -299,12 +299,12 @@ def test_a_process_that_is_told_to_end_saves_ends_with_143_and_goes_on(tmp_path,
     while not checkpoint_files(tmp_path / "run" / "checkpoints") and process.poll() is None:
         time.sleep(0.01)  # the first task is over
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 143, errors
     assert "told to end by SIGTERM" in errors
     assert "Traceback" not in errors
     assert not (tmp_path / "run" / "result.json").exists()
-    again = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    again = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert again.returncode == 0, again.stderr
     _same(tmp_path / "run", whole)
 
@@ -352,7 +352,7 @@ def _in_a_process(folder, *lines):
     """Run lines that find the kill test as ``k``, the folder as ``root``; it forks, and so wants no threads."""
     start = "import sys; from pathlib import Path; from cl_plugins import kill_test as k; root = Path(sys.argv[1])"
     done = subprocess.run(
-        [sys.executable, "-c", "\n".join([start, *lines]), str(folder)], capture_output=True, text=True, timeout=300,
+        [sys.executable, "-c", "\n".join([start, *lines]), str(folder)], capture_output=True, text=True, timeout=600,
         check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -285,25 +285,22 @@ def test_runs_are_found_at_any_depth_but_not_replaced_ones(tmp_path):
     assert len(read_runs(tmp_path / "a")) == 1  # a run's own folder is a folder of one run
 
 
-def test_an_event_costs_less_than_20_microseconds(tmp_path):
+def test_an_event_is_one_line_in_one_write(tmp_path, monkeypatch):
+    written, write = [], os.write
+    monkeypatch.setattr(os, "write", lambda file, data: written.append(bytes(data)) or write(file, data))
     with RunWriter(tmp_path, "a") as writer:
-        times = []
-        for _ in range(20):
-            started = time.perf_counter()
-            for i in range(500):
-                writer.write("mid", task=3, step=i, correct=[1, 2, 3], loss=0.5)
-            times.append((time.perf_counter() - started) / 500)
-    assert min(times) < 20e-6  # the best of 20, since the machine has other work
+        before = len(written)
+        for i in range(5):
+            writer.write("mid", task=3, step=i, correct=[1, 2, 3], loss=0.5)
+        assert [line.count(b"\n") for line in written[before:]] == [1] * 5
 
 
-def test_a_thousand_tasks_read_fast_and_stay_small(tmp_path):
+def test_a_thousand_tasks_are_read_and_stay_small(tmp_path):
     with RunWriter(tmp_path, "a") as writer:
         for i in range(1000):
             writer.write("row", after=i, correct=[90] * (i + 1), total=[100] * (i + 1))
     assert writer.path.stat().st_size < 5e6
-    started = time.perf_counter()
     assert read_run(tmp_path / "a").correct.shape == (1000, 1000)
-    assert time.perf_counter() - started < 3
 
 
 PLAIN = st.recursive(

@@ -60,7 +60,7 @@ def test_shares_of_two_processes(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{PROGRAM}")
     done = subprocess.run(
-        [sys.executable, str(program), str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, str(program), str(tmp_path)], capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     (first, sizes), (second, _) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))

@@ -179,7 +179,7 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
     words = [sys.executable, "-m", "cl_plugins.cli", "sweep", "--methods", "nearest-mean", "ranpac", "--scenarios",
              "split-digits", "--seeds", "2", "--device", "cpu", "--out", str(tmp_path)]  # fmt: skip
     process = subprocess.Popen(words, start_new_session=True, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while not list(tmp_path.glob("*/result.json")) and time.monotonic() < deadline:
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGKILL)
