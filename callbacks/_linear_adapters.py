@@ -135,7 +135,7 @@ class LinearAdapters(MaskedHead):
             adapters = AdapterSet(sites, self.make)  # everything that can be refused is refused by now
             plugins[self.key] = adapters
             adapters.attach(sites)
-            module.register_load_state_dict_pre_hook(adapters.check_root)  # type: ignore[no-untyped-call]
+            module.register_load_state_dict_pre_hook(adapters.check_root)
             for name, tower in self._towers(module).items():
                 if name not in plugins:
                     plugins[name] = EvalGuard(tower)

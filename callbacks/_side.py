@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from cl_plugins._processes import gather_rows
 from cl_plugins.adapters.side_bank import Regime, Routing, SideBank, check_choice
 from cl_plugins.attach import plugin_modules
 from cl_plugins.backbones import Backbone, find_backbone
 from cl_plugins.decay import exempt_from_decay
 from cl_plugins.features import collect_features
-from cl_plugins.head_phase import gather_rows
 from cl_plugins.side_network import SideNetwork
 from cl_plugins.side_routing import TaskRouter
 from cl_plugins.taps import backbone_taps

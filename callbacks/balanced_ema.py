@@ -44,13 +44,13 @@ class BalancedEMA(ContinualCallback):
     Args:
         rule: name of a rule in :data:`cl_plugins.ema_rules.RULES`, or a ``Rule``. ``"horizon"``, the default, keeps a
             share of the weights before the task. ``"released"`` is the paper's code: on related tasks it was 6 to 12
-            points of accuracy below (two streams, three sizes, five seeds, docs/ema.md).
+            points of accuracy below (turned digits at three sizes, glyph domains at one, five seeds, docs/ema.md).
         kappa: speed of ``"released"``; 2 in the released code, which belongs to tensors of about a million elements.
         fallback: weight where the formula gives none; 0.01 in the released code.
         decay: weight of the old value for ``"fixed"``, in [0, 1); 0.99 when left out.
         rho: speed of ``"dimension_free"`` as a fraction of one Adam step; 0.02 when left out.
         keep: for ``"horizon"``, the share of the weights before the task in the average at its end, in (0, 1); 0.5 when
-            left out, as measured. It needs the number of steps, so a Trainer with ``max_epochs``.
+            left out, as on turned digits. It needs the number of steps, so a Trainer with ``max_epochs``.
         granularity: what shares a weight: ``"tensor"`` (as released), ``"module"`` or ``"global"``.
         include: regular expression; only parameters whose name it finds are averaged.
         exclude: regular expression; parameters whose name it finds are not.

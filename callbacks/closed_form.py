@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from cl_plugins._processes import gather_rows
 from cl_plugins.adapters.side_bank import SideBank
 from cl_plugins.attach import plugin_modules
 from cl_plugins.backbones import find_backbone
 from cl_plugins.closed_form import ClosedFormHead, Extension, NearestMeanHead, RidgeHead
 from cl_plugins.features import DepthTap, collect_features
-from cl_plugins.head_phase import gather_rows
 from cl_plugins.heads import find_head
 from cl_plugins.plugin import ContinualCallback, module_device, plugins_of
 from cl_plugins.taps import BackboneTaps

@@ -25,11 +25,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cl_plugins._processes import of_all_processes
+from cl_plugins._processes import gather_rows, of_all_processes
 from cl_plugins.attach import plugin_modules
 from cl_plugins.evaluation import split_batch
 from cl_plugins.features import collect_features
-from cl_plugins.head_phase import FeatureTap, HeadPhase, gather_rows, tune_head
+from cl_plugins.head_phase import FeatureTap, HeadPhase, tune_head
 from cl_plugins.outliers import Mode, VirtualOutliers
 
 from .one_prompt import OnePrompt
@@ -180,7 +180,7 @@ class OVOR(OnePrompt):
         if epochs is None or epochs < 1:
             raise ValueError(f"`max_epochs` must be a number of epochs per task, got {epochs!r}")
         wanted = max(1, round(0.2 * epochs)) if self.head_epochs is None else self.head_epochs
-        if wanted >= epochs and self.head_epochs is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if wanted >= epochs and self.head_epochs is not None and not getattr(trainer, "fast_dev_run", False):
             raise ValueError(
                 f"`head_epochs` must leave an epoch for the prompt, got {wanted} of {epochs} epochs; raise `max_epochs`"
             )

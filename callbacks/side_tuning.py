@@ -169,7 +169,7 @@ def _step(side: AlphaSide, optimizer: torch.optim.Optimizer, record: TapRecord, 
     if len(rows):
         assert record.image is not None
         loss = side.distillation_loss(record.rows(rows), base[rows])
-        (loss * (len(rows) / total)).backward()  # type: ignore[no-untyped-call]
+        (loss * (len(rows) / total)).backward()
     if _distributed():
         for parameter in side.network.parameters():
             if parameter.grad is None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from cl_plugins._processes import gather_rows
 from cl_plugins.backbones import find_backbone
 from cl_plugins.evaluation import Predict, evaluating, evaluation_tasks, forward_setting, split_batch
 from cl_plugins.heads import find_head
@@ -99,7 +100,7 @@ def read_probe(
                 table, found, why = _read(module, batches, most, move, predict, seen.to(device), taken)
                 reason = reason or why
                 if world > 1:
-                    table, found = _interleave(table, device), _interleave(found, device)
+                    table, found = (gather_rows(part.to(device), dealt=True).cpu() for part in (table, found))
                 judged[task] = table
                 features.append(found)
     finally:
@@ -146,20 +147,3 @@ def _read(
             judged.append(torch.stack([share, (named == labels).float()], 1)[: most - count].cpu())
         count += len(labels)
     return torch.cat(judged), torch.cat(features) if features else torch.zeros(0, 0), reason
-
-
-def _interleave(local: Tensor, device: torch.device) -> Tensor:
-    """Rows of all processes in the order of the data set, of which sample i is with process ``i % world``."""
-    world = torch.distributed.get_world_size()
-    shape = torch.tensor([len(local), local.shape[1]], device=device)
-    shapes = [torch.zeros_like(shape) for _ in range(world)]
-    torch.distributed.all_gather(shapes, shape)
-    lengths, width = [int(s[0]) for s in shapes], max(int(s[1]) for s in shapes)
-    padded = torch.zeros(max(lengths), width, device=device)
-    if len(local):
-        padded[: len(local)] = local.to(device)
-    parts = [torch.zeros_like(padded) for _ in range(world)]
-    torch.distributed.all_gather(parts, padded)
-    whole = torch.stack(parts, 1)
-    held = torch.arange(len(padded))[:, None] < torch.tensor(lengths)[None, :]
-    return whole[held.to(device)].cpu()

@@ -113,12 +113,16 @@ RULES: dict[str, Rule] = {
 }
 
 
-def _constants_of(name: str) -> tuple[str, ...]:
-    """The constants that a rule reads, and that another rule would leave unread."""
-    balanced = {"released": "kappa", "toolbox": "kappa", "dimension_free": "rho"}
-    if name in ("fixed", "horizon"):
-        return ("decay",) if name == "fixed" else ("keep",)
-    return (*((balanced[name],) if name in balanced else ()), "mu", "fallback", "on_overflow", "on_nonfinite")
+_GUARDED = ("mu", "fallback", "on_overflow", "on_nonfinite")
+_READS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(RULES, _GUARDED),
+    "released": ("kappa", *_GUARDED),
+    "toolbox": ("kappa", *_GUARDED),
+    "dimension_free": ("rho", *_GUARDED),
+    "fixed": ("decay",),
+    "horizon": ("keep",),
+}
+"""The constants that each rule reads."""
 
 
 def make_rule(name: str = "released", **changes: Any) -> Rule:
@@ -136,10 +140,9 @@ def make_rule(name: str = "released", **changes: Any) -> Rule:
     if name not in RULES:
         raise ValueError(f"`rule` must be one of {', '.join(RULES)}, got {name!r}{did_you_mean(str(name), RULES)}")
     given = {k: v for k, v in changes.items() if v is not None}
-    own = _constants_of(name)
     for constant in given:
-        if constant not in own:
-            raise ValueError(f"`{constant}` must be left out for rule {name!r}, which reads {', '.join(own)}")
+        if constant not in _READS[name]:
+            raise ValueError(f"`{constant}` must be left out for rule {name!r}, which reads {', '.join(_READS[name])}")
     return replace(RULES[name], **given)
 
 

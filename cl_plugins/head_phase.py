@@ -15,9 +15,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, linear, pad
+from torch.nn.functional import cross_entropy, linear
 from torch.optim import Optimizer
 
 from cl_plugins.neighbors import full_precision
@@ -85,29 +84,6 @@ class FeatureTap(nn.Module):
     def remove(self) -> None:
         """Take the hook off the classifier."""
         self._handle.remove()
-
-
-def gather_rows(rows: Tensor, dealt: bool = False) -> Tensor:
-    """The rows of all processes, the same on each; a single process gets its own back.
-
-    Args:
-        rows: ``(rows, ...)``; the number of rows may differ between processes.
-        dealt: the samples were dealt out in turn, as a ``DistributedSampler`` does, and come back in the order in which
-            one process would have seen them; otherwise in order of rank.
-    """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return rows
-    size = torch.tensor([len(rows)], device=rows.device)
-    sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, size)
-    counts = torch.cat(sizes).tolist()
-    widest = pad(rows, (0, 0) * (rows.ndim - 1) + (0, max(counts) - len(rows))).contiguous()
-    parts = [torch.empty_like(widest) for _ in counts]
-    dist.all_gather(parts, widest)
-    if not dealt:
-        return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
-    real = torch.arange(len(widest), device=rows.device)[:, None] < torch.tensor(counts, device=rows.device)
-    return torch.stack(parts, 1)[real]
 
 
 def outlier_batches(outliers: OutlierSet, n_batches: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -192,7 +192,7 @@ def _tell_failures(trainer: pl.Trainer, module: pl.LightningModule, plugins: lis
     """Let the plugins close what they opened when growing or evaluating fails; inside ``fit`` Lightning does it."""
     try:
         yield
-    except BaseException as error:
+    except BaseException as error:  # Ctrl-C as well; it goes on to the caller
         if not trainer.interrupted:
             for plugin in plugins:
                 try:

@@ -227,14 +227,17 @@ class StreamCheckpoint(Checkpoint):
 
 def _behind_the_module(module: pl.LightningModule, save: Callable[[], None]) -> None:
     """Save behind the module's own ``on_train_batch_end``, once: Lightning calls it last, by its name."""
-    own = module.on_train_batch_end
+    name = "on_train_batch_end"
+    own, assigned = module.on_train_batch_end, module.__dict__.get(name)
 
     def then_save(*arguments: Any) -> None:
-        del module.__dict__["on_train_batch_end"]
+        del module.__dict__[name]
+        if assigned is not None:  # a user may have put a hook on the object itself
+            module.__dict__[name] = assigned
         own(*arguments)
         save()
 
-    module.__dict__["on_train_batch_end"] = then_save
+    module.__dict__[name] = then_save
 
 
 def between_tasks(trainer: pl.Trainer, module: pl.LightningModule, stream: Stream) -> dict[str, Any]:
@@ -270,7 +273,8 @@ def restore_between(
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"])
     if type(stream).__qualname__ in checkpoint:
-        stream.load_state_dict(checkpoint[type(stream).__qualname__])  # type: ignore[attr-defined]
+        stateful: Any = stream  # between_tasks found a `state_dict`, which the protocol does not ask for
+        stateful.load_state_dict(checkpoint[type(stream).__qualname__])
     for callback in callbacks_of(trainer):
         callback.on_load_checkpoint(trainer, module, checkpoint)
         if callback.state_key in checkpoint["callbacks"]:

@@ -138,7 +138,7 @@ class StreamLoader(DataLoader[Any]):
 
     _delivered = 0
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # DataLoader promises a class of its own
         # a generator, so that workers start after Lightning has named the epoch
         sampler = self.sampler
         if isinstance(sampler, TaskSampler):

@@ -27,7 +27,7 @@ _FLAGS = [
 class Page:
     """A tab; ``errors`` holds exceptions, console errors and blocked or attempted requests."""
 
-    def __init__(self, width=1400, height=2600, dark=False, offline=True):
+    def __init__(self):
         self._folder = tempfile.mkdtemp()
         to_browser, self._write = os.pipe()
         self._read, from_browser = os.pipe()
@@ -53,14 +53,26 @@ class Page:
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(f"{domain}.enable")
-        self.resize(width, height)
-        scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
-        self.call("Emulation.setEmulatedMedia", features=scheme)
-        speed = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
-        self.call("Network.emulateNetworkConditions", offline=offline, **speed)
+        self.resize(1400)
+        self.prefer("light")
+        self.connect(None)
 
-    def resize(self, width, height):
+    def resize(self, width, height=2600):
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+
+    def prefer(self, scheme):
+        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+
+    def connect(self, server):
+        """Let the page reach one address and nothing else; ``None`` is no network at all."""
+        self.allowed = ("file:", "data:", "blob:", *([server] if server else []))
+        speed = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+        self.call("Network.emulateNetworkConditions", offline=server is None, **speed)
+
+    def check(self):
+        """Nothing was logged and nothing was asked of any other place."""
+        assert self.errors == []
+        assert all(url.startswith(self.allowed) for url in self.requests), self.requests
 
     def call(self, method, **params):
         self._count += 1

@@ -95,6 +95,19 @@ def test_what_belongs_to_an_epochs_end_is_done_once(tmp_path, whole, kind, step)
     _same(whole[kind], _run(tmp_path, *KINDS[kind](), resume="last"))
 
 
+def test_a_hook_that_stands_on_the_module_itself_stays_there_and_runs_before_each_save(tmp_path):
+    ran = []
+
+    def hooked():
+        module = Scheduled()
+        module.on_train_batch_end = lambda *args: ran.append(int(module.global_step))
+        return module
+
+    module = _run(tmp_path, module=hooked, epochs=1)
+    assert ran == list(range(1, 10))
+    assert module.__dict__["on_train_batch_end"].__name__ == "<lambda>"
+
+
 @pytest.mark.parametrize("step", [1, 2, 4])
 def test_epochs_of_one_step_are_saved_inside_tasks_too(tmp_path, step):
     options = {"batch_size": 200, "module": Scheduled}

@@ -59,7 +59,8 @@ import sys
 import torch
 import torch.distributed as dist
 from torch import nn
-from cl_plugins.head_phase import gather_rows, tune_head
+from cl_plugins._processes import gather_rows
+from cl_plugins.head_phase import tune_head
 from cl_plugins.outliers import VirtualOutliers
 
 rank = int(sys.argv[2])
@@ -70,6 +71,7 @@ share = slice(0, 11) if rank == 0 else slice(11, 30)
 got, got_labels = gather_rows(features[share]), gather_rows(labels[share])
 assert torch.equal(got, features) and torch.equal(got_labels, labels)
 assert gather_rows(features[:0] if rank else features).shape == (30, 6)
+assert gather_rows(torch.zeros(0, 0) if rank else features, dealt=True).equal(features)
 torch.manual_seed(3)
 head = nn.Linear(6, 2)
 settings = VirtualOutliers(neighbors=3, draws=20, n_boundary=4, batch_size=8)

@@ -22,7 +22,7 @@ def _panels(page):
 
 def test_weights_fallbacks_groups_and_similarities_are_on_the_page(tmp_path):
     stream = InstructionStream(["reverse", "add", "upper-case"], n_train=16, n_test=2, batch_size=4)
-    ema, groups = BalancedEMA("released", kappa=1e-4), TaskGroups()
+    ema, groups = BalancedEMA("released", kappa=1e-4, active="always"), TaskGroups()
     trainer = quiet_trainer(callbacks=[groups, ema, ForgettingDashboard(tmp_path, run_id="one")], max_epochs=1)
     fit_stream(trainer, LanguageModule(CausalLM(dim=16, depth=1, heads=2)), stream, seed=0)
     (run,) = read_runs(tmp_path)

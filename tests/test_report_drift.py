@@ -11,10 +11,7 @@ from cl_plugins.report import write_report
 from cl_plugins.report._drift import CHARTS, drift_payload
 from cl_plugins.report.page import report_content
 from cl_plugins.runs import RunWriter, read_run
-from tests._browser import CHROMIUM, Page
 from tests._reports import HOSTILE, record
-
-browser = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")]
 
 
 def _row(after):
@@ -97,29 +94,25 @@ def test_a_thousand_tasks_stay_within_the_bound(tmp_path):
 
 
 class TestInABrowser:
-    pytestmark = browser
+    pytestmark = pytest.mark.browser
 
     @pytest.mark.parametrize("width", [1400, 700])
-    def test_it_is_drawn_and_follows_the_task(self, tmp_path, width):
+    def test_it_is_drawn_and_follows_the_task(self, page, tmp_path, width):
         runs = [_drifted(tmp_path, "a"), record(tmp_path, "b", method="b"), _drifted(tmp_path, "c", 300, method="c")]
-        page = Page(width)
-        try:
-            page.open(write_report(runs, tmp_path / "report.html"))
-            for selection, drawn in (("r0", True), ("r1", False), ("r2", True), ("r0", True)):
-                page.choose("#selection", selection)
-                hidden = page.evaluate("[...document.querySelectorAll('[id^=box-drift]')].map((b) => b.hidden)")
-                assert hidden == [not drawn] * CHARTS
-            assert page.evaluate("part(plots.drift0, 'lines').data_source.data.ys[0].length") == 4
-            assert page.evaluate("plots.drift4.left[0].major_label_overrides.get(0)") == "1"
-            assert page.evaluate("part(plots.drift4, 'labels').data_source.data.text.join()") == (
-                "+0.01,+0.02,-0.01,+0.03,0.00,+0.01"
-            )
-            page.choose("#task", "2")
-            page.wait("part(plots.drift0, 'mark').data_source.data.left[0] === 1.55")
-            page.choose("#selection", "r1")
-            assert page.evaluate("byId('drift-about').textContent") == "This run has no measurement of drift."
-            assert page.evaluate("document.documentElement.scrollWidth") == width
-            assert page.errors == []
-            assert page.evaluate("document.images.length") == 0
-        finally:
-            page.close()
+        page.resize(width)
+        page.open(write_report(runs, tmp_path / "report.html"))
+        for selection, drawn in (("r0", True), ("r1", False), ("r2", True), ("r0", True)):
+            page.choose("#selection", selection)
+            hidden = page.evaluate("[...document.querySelectorAll('[id^=box-drift]')].map((b) => b.hidden)")
+            assert hidden == [not drawn] * CHARTS
+        assert page.evaluate("part(plots.drift0, 'lines').data_source.data.ys[0].length") == 4
+        assert page.evaluate("plots.drift4.left[0].major_label_overrides.get(0)") == "1"
+        assert page.evaluate("part(plots.drift4, 'labels').data_source.data.text.join()") == (
+            "+0.01,+0.02,-0.01,+0.03,0.00,+0.01"
+        )
+        page.choose("#task", "2")
+        page.wait("part(plots.drift0, 'mark').data_source.data.left[0] === 1.55")
+        page.choose("#selection", "r1")
+        assert page.evaluate("byId('drift-about').textContent") == "This run has no measurement of drift."
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        assert page.evaluate("document.images.length") == 0

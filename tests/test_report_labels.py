@@ -14,10 +14,8 @@ from cl_plugins.report import render_report, write_report
 from cl_plugins.report.comparison import render_comparison
 from cl_plugins.report.page import report_content
 from cl_plugins.runs import RunWriter, read_run
-from tests._browser import CHROMIUM, Page
 from tests._reports import record
 
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
 N = 100
 
 
@@ -181,47 +179,41 @@ def test_its_page_and_tables_name_what_each_scenario_shows():
 
 
 @pytest.mark.browser
-@needs_chromium
-def test_axes_and_words_change_with_the_kind_that_is_shown(tmp_path):
-    page = Page()
-    try:
-        page.open(write_report(mixed(tmp_path), tmp_path / "report.html"))
-        names = "['retention', 'waterfall', 'plane', 'cost', 'stream']"
-        titles = f"Object.fromEntries({names}.map(n => [n, plots[n].left[0].axis_label]))"
-        seen = {}
-        for selection in page.evaluate("PAGE.selections"):
-            page.choose("#selection", selection)
-            many = page.evaluate("view().multiLabel")
-            seen[many] = (page.evaluate(titles), page.evaluate("document.querySelector('h2').textContent"))
-            lede = page.evaluate("document.getElementById('lede').textContent")
-            assert ("mAP of seen classes (last row) is" in lede) is many
-            assert ("average accuracy (last row) is" in lede) is not many
-            references = page.evaluate("[...document.querySelectorAll('#reference option')].map(o => o.value)")
-            assert references
-            for reference in references:  # a difference of two quantities is none
-                assert page.evaluate(f"view({json.dumps(reference)}).multiLabel") is many
-            points = page.evaluate("stream.points.map(p => p.y)")
-            assert all(0.4 < y < 0.95 for y in points) if many else points
-        assert seen[False] == (
-            {
-                "retention": "accuracy",
-                "waterfall": "accuracy, mean over tasks",
-                "plane": "stability: accuracy now",
-                "cost": "average accuracy (row)",
-                "stream": "average accuracy (row)",
-            },
-            "Accuracy matrix",
-        )
-        assert seen[True] == (
-            {
-                "retention": "label accuracy",
-                "waterfall": "label accuracy, mean over tasks",
-                "plane": "stability: label accuracy now",
-                "cost": "mAP of seen classes (row)",
-                "stream": "mAP of seen classes (row)",
-            },
-            "Label accuracy matrix",
-        )
-        assert page.errors == []
-    finally:
-        page.close()
+def test_axes_and_words_change_with_the_kind_that_is_shown(page, tmp_path):
+    page.open(write_report(mixed(tmp_path), tmp_path / "report.html"))
+    names = "['retention', 'waterfall', 'plane', 'cost', 'stream']"
+    titles = f"Object.fromEntries({names}.map(n => [n, plots[n].left[0].axis_label]))"
+    seen = {}
+    for selection in page.evaluate("PAGE.selections"):
+        page.choose("#selection", selection)
+        many = page.evaluate("view().multiLabel")
+        seen[many] = (page.evaluate(titles), page.evaluate("document.querySelector('h2').textContent"))
+        lede = page.evaluate("document.getElementById('lede').textContent")
+        assert ("mAP of seen classes (last row) is" in lede) is many
+        assert ("average accuracy (last row) is" in lede) is not many
+        references = page.evaluate("[...document.querySelectorAll('#reference option')].map(o => o.value)")
+        assert references
+        for reference in references:  # a difference of two quantities is none
+            assert page.evaluate(f"view({json.dumps(reference)}).multiLabel") is many
+        points = page.evaluate("stream.points.map(p => p.y)")
+        assert all(0.4 < y < 0.95 for y in points) if many else points
+    assert seen[False] == (
+        {
+            "retention": "accuracy",
+            "waterfall": "accuracy, mean over tasks",
+            "plane": "stability: accuracy now",
+            "cost": "average accuracy (row)",
+            "stream": "average accuracy (row)",
+        },
+        "Accuracy matrix",
+    )
+    assert seen[True] == (
+        {
+            "retention": "label accuracy",
+            "waterfall": "label accuracy, mean over tasks",
+            "plane": "stability: label accuracy now",
+            "cost": "mAP of seen classes (row)",
+            "stream": "mAP of seen classes (row)",
+        },
+        "Label accuracy matrix",
+    )

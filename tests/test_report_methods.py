@@ -15,10 +15,7 @@ from cl_plugins.report._numbers import group_runs, measures_of
 from cl_plugins.report.page import report_content
 from cl_plugins.runs import RunWriter, read_run
 from cl_plugins.stats import variance_parts
-from tests._browser import CHROMIUM, Page
 from tests._reports import record
-
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
 
 
 def data_of(page):
@@ -190,28 +187,21 @@ def test_damaged_stores_are_shown_as_far_as_they_go(tmp_path):
 
 
 @pytest.mark.browser
-@needs_chromium
-def test_damaged_stores_log_nothing_in_any_state(tmp_path):
-    page = Page()
-    try:
-        page.open(write_report(damaged(tmp_path), tmp_path / "report.html"))
-        for selection in page.evaluate("PAGE.selections"):
-            page.choose("#selection", selection)
-            for mode in ("change", "difference", "sd", "accuracy"):
-                page.choose("#mode", mode)
-            for axis in ("age", "row"):
-                page.choose("#axis", axis)
-            for task in page.evaluate("[...document.querySelector('#task').options].map(o => o.value)"):
-                page.choose("#task", task)
-        page.wait("document.body.textContent.includes('undefined')")
-        assert page.errors == []
-    finally:
-        page.close()
+def test_damaged_stores_log_nothing_in_any_state(page, tmp_path):
+    page.open(write_report(damaged(tmp_path), tmp_path / "report.html"))
+    for selection in page.evaluate("PAGE.selections"):
+        page.choose("#selection", selection)
+        for mode in ("change", "difference", "sd", "accuracy"):
+            page.choose("#mode", mode)
+        for axis in ("age", "row"):
+            page.choose("#axis", axis)
+        for task in page.evaluate("[...document.querySelector('#task').options].map(o => o.value)"):
+            page.choose("#task", task)
+    page.wait("document.body.textContent.includes('undefined')")
 
 
 @pytest.mark.browser
-@needs_chromium
-def test_the_views_in_a_browser(tmp_path):
+def test_the_views_in_a_browser(page, tmp_path):
     names = ["</script><img src=x onerror=alert(1)>", "b"]
     runs = [
         record(tmp_path, f"{k}{o}{s}", method=m, seed=s, order=o, decay=0.1 * (k + 1), full=True)
@@ -220,30 +210,25 @@ def test_the_views_in_a_browser(tmp_path):
     empty = RunWriter(tmp_path, "empty")
     empty.write("run", method="c", scenario="split-digits")
     empty.close()
-    page = Page()
-    try:
-        page.open(write_report([*runs, read_run(tmp_path / "empty")], tmp_path / "report.html"))
-        for selection in page.evaluate("PAGE.selections"):
-            page.choose("#selection", selection)
-            assert page.evaluate("document.querySelectorAll('#stream-key > span').length") == 3
-        page.choose("#selection", "g0")
-        drawn = "part(plots.stream, 'lines').data_source.data.xs.length"
-        assert page.evaluate(drawn) == 2
-        assert page.evaluate("part(plots.stream, 'bands').data_source.data.xs.length") == 2
-        assert page.evaluate("part(plots.orders, 'runs').data_source.data.x.length") == 8
-        assert page.evaluate("part(plots.transfer, 'runs').data_source.data.x.length") == 5 + 4 + 5
-        page.choose("#task", "3")
-        page.wait("part(plots.transfer, 'mark').data_source.data.x.length === 3")
-        page.wait("part(plots.stream, 'mark').data_source.data.x.length === 1")
-        for name in ("stream", "orders", "transfer", "plane"):
-            page.evaluate(f"document.querySelector('#plot-{name}').scrollIntoView({{block: 'center'}})")
-            box = page.evaluate(
-                f"(() => {{ const b = document.querySelector('#plot-{name}').getBoundingClientRect();"
-                " return [b.left, b.top, b.width, b.height]; })()"
-            )
-            for k in range(1, 8):
-                page.move(box[0] + box[2] * k / 8, box[1] + box[3] * k / 8)
-        assert page.errors == []
-        assert page.evaluate("document.images.length") == 0
-    finally:
-        page.close()
+    page.open(write_report([*runs, read_run(tmp_path / "empty")], tmp_path / "report.html"))
+    for selection in page.evaluate("PAGE.selections"):
+        page.choose("#selection", selection)
+        assert page.evaluate("document.querySelectorAll('#stream-key > span').length") == 3
+    page.choose("#selection", "g0")
+    drawn = "part(plots.stream, 'lines').data_source.data.xs.length"
+    assert page.evaluate(drawn) == 2
+    assert page.evaluate("part(plots.stream, 'bands').data_source.data.xs.length") == 2
+    assert page.evaluate("part(plots.orders, 'runs').data_source.data.x.length") == 8
+    assert page.evaluate("part(plots.transfer, 'runs').data_source.data.x.length") == 5 + 4 + 5
+    page.choose("#task", "3")
+    page.wait("part(plots.transfer, 'mark').data_source.data.x.length === 3")
+    page.wait("part(plots.stream, 'mark').data_source.data.x.length === 1")
+    for name in ("stream", "orders", "transfer", "plane"):
+        page.evaluate(f"document.querySelector('#plot-{name}').scrollIntoView({{block: 'center'}})")
+        box = page.evaluate(
+            f"(() => {{ const b = document.querySelector('#plot-{name}').getBoundingClientRect();"
+            " return [b.left, b.top, b.width, b.height]; })()"
+        )
+        for k in range(1, 8):
+            page.move(box[0] + box[2] * k / 8, box[1] + box[3] * k / 8)
+    assert page.evaluate("document.images.length") == 0

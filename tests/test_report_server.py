@@ -15,7 +15,6 @@ import pytest
 
 from cl_plugins.report.server import ReportServer
 from cl_plugins.runs import RunWriter
-from tests._browser import CHROMIUM, Page
 from tests._reports import HOSTILE, record
 
 
@@ -153,8 +152,7 @@ def test_wrong_folders_and_taken_ports_are_named(tmp_path):
 
 
 @pytest.mark.browser
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
-def test_an_open_page_follows_the_training(tmp_path):
+def test_an_open_page_follows_the_training(page, tmp_path):
     names = [HOSTILE, *"bcdefgh"]
     record(tmp_path, "a", n_tasks=8, names=names)
     writer = RunWriter(tmp_path, "b")
@@ -162,9 +160,9 @@ def test_an_open_page_follows_the_training(tmp_path):
     for j, name in enumerate(names):
         writer.write("task", index=j, name=name)
     writer.write("row", after=0, correct=[9], total=[10])
-    page = Page(offline=False)
     try:
         with ReportServer(tmp_path) as server:
+            page.connect(server.url)
             page.open(server.url)
             page.choose("#selection", "r1")
             page.choose("#mode", "change")
@@ -182,8 +180,8 @@ def test_an_open_page_follows_the_training(tmp_path):
             page.wait("state.mode === 'change' && view().rows === 2", 10)
             assert page.evaluate("document.getElementById('selection').selectedOptions[0].textContent").startswith("zz")
             assert page.evaluate("document.images.length") == 0
-            assert page.errors == []
+            page.check()
         page.wait("Boolean(document.querySelector('.live.lost'))", 30)
+        page.errors.clear()  # the browser logs that the server it asks again is gone
     finally:
         writer.close()
-        page.close()

@@ -10,24 +10,9 @@ from cl_plugins import functional
 from cl_plugins.report import write_report
 from cl_plugins.report._numbers import number
 from cl_plugins.runs import Run
-from tests._browser import CHROMIUM, Page
 from tests._reports import HOSTILE, everything, record
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium"),
-]
-
-
-@pytest.fixture
-def page():
-    tab = Page()
-    try:
-        yield tab
-        assert tab.errors == []
-        assert all(url.startswith(("file:", "data:", "blob:")) for url in tab.requests), tab.requests
-    finally:
-        tab.close()
+pytestmark = pytest.mark.browser
 
 
 def drawn(page, plot, part):

@@ -138,4 +138,4 @@ def release(layer: nn.MultiheadAttention, adapter: LinearDelta) -> None:
         layer.adapters = tuple(entry for entry in layer.adapters if entry[1] is not adapter)
         if not layer.adapters:
             del layer.adapters
-            layer.__class__ = nn.MultiheadAttention  # type: ignore[assignment]
+            layer.__class__ = nn.MultiheadAttention  # type: ignore[assignment]  # mypy forbids what undoes adopt()

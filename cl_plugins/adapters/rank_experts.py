@@ -148,7 +148,7 @@ class RankExperts(LinearDelta):
         self.usage: ExpertUsage | None = None
         for name in _PARAMETERS:
             self._set(name, torch.empty(self.groups, 0, self._width(name), device=device, dtype=dtype))
-        self.register_load_state_dict_pre_hook(_take_structure)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_take_structure)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
     def _width(self, name: str) -> int:
         return self.in_features if name.endswith("keys") else self.out_features

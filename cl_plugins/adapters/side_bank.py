@@ -95,8 +95,8 @@ class SideBank(nn.Module):
         self._logits: Tensor | None = None
         head.register_forward_pre_hook(self._enter, prepend=True)
         head.register_forward_hook(self._leave, prepend=True)  # masks come after it
-        self.register_load_state_dict_pre_hook(_match_number)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_post_hook(_freeze_earlier)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_match_number)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self.register_load_state_dict_post_hook(_freeze_earlier)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
     @property
     def per_task(self) -> bool:
