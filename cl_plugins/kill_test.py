@@ -38,8 +38,7 @@ from cl_plugins import _cache_files, checkpoint_files, runner
 from cl_plugins.benchmark import run_benchmark
 from cl_plugins.recipes import load_recipe, recipe_names
 from cl_plugins.result import write_json, write_text
-from cl_plugins.run_writer import event_files
-from cl_plugins.runs import read_run
+from cl_plugins.run_differences import differences
 
 AIMS = ("inside a batch", "while saving", "between tasks", "while growing", "while evaluating", "while reporting")
 """What the aimed kills hit."""
@@ -190,80 +189,22 @@ def _wait(child: int, seconds: float | None = None) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, dict):
-        return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}").items()}
-    if isinstance(value, list | tuple):
-        return {k: v for n, item in enumerate(value) for k, v in _flat(item, f"{prefix}.{n}").items()}
-    return {prefix: value}
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
-    return bool(a == b) or (a != a and b != b)
-
-
-_TIMES = ("seconds", "spent", ".time")
-
-
-def _unlike(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """Keys of flat values that are not the same in both; times of the clock aside."""
-    keys = (k for k in dict.fromkeys([*ours, *theirs]) if not any(word in k for word in _TIMES))
-    return [k for k in keys if k not in ours or k not in theirs or not _equal(ours[k], theirs[k])]
-
-
-def _by_name(events: list[dict[str, Any]]) -> dict[str, Any]:
-    """What methods and observers told, by name and task; the order of resumed segments is another."""
-    return {f"{e.get('name')} {e.get('task')}": e for e in events}
-
-
-def _result(folder: Path) -> dict[str, Any]:
-    """The run's result; the folder in it, as of a cache, has the same name for every run."""
-    text = (folder / "result.json").read_text(encoding="utf-8").replace(json.dumps(str(folder))[1:-1], "FOLDER")
-    result: dict[str, Any] = json.loads(text)
-    return result
-
-
-def _cached(folder: Path) -> dict[str, Any]:
-    """The checksums of the cached arrays in a folder, by entry."""
-    manifests = {p.name: json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*.json"))}
-    return {name: [(s["name"], s["crc32"]) for s in m["segments"]] for name, m in manifests.items()}
-
-
-def differences(folder: Path, expected: Path) -> list[str]:
-    """What of a finished run is not as in another; times of the clock aside."""
-    found = []
-    newest = [checkpoint_files.newest_intact(f / "checkpoints") for f in (folder, expected)]
-    if None in newest:
-        return ["a run has no checkpoint"]
-    loaded = [torch.load(str(p), weights_only=True) for p in newest]
-    for part in ("state_dict", "callbacks", "global_step"):
-        ours, theirs = (_flat(c[part], part) for c in loaded)
-        found += [f"{key} differs" for key in _unlike(ours, theirs)]
-    results = [_flat(_result(f)) for f in (folder, expected)]
-    found += [f"{key[1:]} of result.json differs" for key in _unlike(*results)]
-    runs = [read_run(f) for f in (folder, expected)]
-    if runs[0].correct.tolist() != runs[1].correct.tolist() or runs[0].total.tolist() != runs[1].total.tolist():
-        found.append("rows of the run store differ")
-    told = [{"inside": [row.to_dict() for row in r.inside], "plug": _by_name(r.plug)} for r in runs]
-    found += [f"{key[1:]} of the run store differs" for key in _unlike(*map(_flat, told))]
-    if runs[0].ended != "finished" or runs[0].problems:
-        found.append(f"the run store says {runs[0].ended!r}, {runs[0].problems!r}")
-    for _, _, path in event_files(folder):
-        rows = [e["after"] for e in map(json.loads, path.read_text().splitlines()) if e["kind"] == "row"]
-        if len(rows) != len(set(rows)):
-            found.append(f"{path.name} holds a row twice")
-    if not (folder / "report.html").read_text(encoding="utf-8").rstrip().endswith("</html>"):
-        found.append("report.html is not whole")
-    theirs, ours = _cached(expected / "cache"), _cached(folder / "cache")
-    found += [f"cached features {name} differ" for name in theirs if theirs[name] != ours.get(name)]
-    left = [p.name for p in (*folder.rglob("*.tmp"), *folder.glob("previous-*"))]
-    return found + ([f"left behind: {', '.join(left)}"] if any("ckpt" in n or ".bin" in n for n in left) else [])
+def _moments(method: str, aims: Sequence[str]) -> Sequence[str]:
+    """What aimed kills of a method hit: ``aims``, or all that it has when these are empty."""
+    own = (*AIMS, *([CACHING] if _caches(method) else []))
+    if foreign := [a for a in aims if a not in own]:
+        raise ValueError(f"`aims` must be moments of {method}: {', '.join(own)}; got {foreign!r}")
+    return aims or own
 
 
 def kill_method(
-    method: str, kills: int, root: Path, seed: int = 0, per_run: int = 10, seconds: float = math.inf
+    method: str,
+    kills: int,
+    root: Path,
+    seed: int = 0,
+    per_run: int = 10,
+    seconds: float = math.inf,
+    aims: Sequence[str] = (),
 ) -> Outcome:
     """Kill runs of a method ``kills`` times in all and compare each finished one with the uninterrupted run.
 
@@ -274,7 +215,12 @@ def kill_method(
         seed: of the moments.
         per_run: most kills of one run.
         seconds: after so much time no further process is killed; the run under way is finished and compared.
+        aims: all kills come at these moments; when empty, every second one at any of those the method has.
+
+    Raises:
+        ValueError: when ``aims`` names a moment that the method does not have.
     """
+    moments = _moments(method, aims)
     outcome, chance = Outcome(method), random.Random(f"{method} {seed}")
     expected = root / f"{method}-whole"
     started = time.monotonic()
@@ -283,7 +229,7 @@ def kill_method(
     if status != 0:
         outcome.differences.append(f"the uninterrupted run ended with {status}")
         return outcome
-    done, number, aims = 0, 0, (*AIMS, *([CACHING] if _caches(method) else []))
+    done, number = 0, 0
     while done < kills and number < 3 * kills and not outcome.differences:
         folder, number = root / f"{method}-{number}", number + 1
         finished, here = False, 0
@@ -291,8 +237,8 @@ def kill_method(
             if time.monotonic() - started >= seconds:
                 kills = done
             last = here >= per_run or done >= kills
-            aimed = not last and done % 2 == 0
-            moment = chance.choice(aims) if aimed else None
+            aimed = not last and (bool(aims) or done % 2 == 0)
+            moment = chance.choice(moments) if aimed else None
             limit = None if last or aimed else chance.uniform(0.0, outcome.seconds)
             status = _wait(_start(method, folder, moment, chance.randint(1, 6)), limit)
             outcome.starts += 1
@@ -308,6 +254,8 @@ def kill_method(
         outcome.differences += [f"run {number - 1}: {text}" for text in differences(folder, expected)][:20]
         if not outcome.differences:
             shutil.rmtree(folder)
+    if kills and not done:
+        outcome.differences.append("no process was killed: none of the moments came")
     if not outcome.differences:
         shutil.rmtree(expected)
     return outcome
@@ -337,12 +285,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="+", default=recipe_names(), help="recipes; all when left out")
     parser.add_argument("--kills", type=int, default=20, help="per method")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--aim", nargs="+", default=[], choices=[*AIMS, CACHING], help="kill at these moments alone")
     parser.add_argument("--out", type=Path, default=Path("kills.json"), help="JSON; a table goes beside it as .md")
     parser.add_argument("--scenario", default=_SETTINGS["scenario"], help="a scenario of `cl-bench list`")
     parser.add_argument("--add", action="store_true", help="add to what --out holds, up to --kills for each method")
     parser.add_argument("--seconds", type=float, default=math.inf, help="kill nothing after so much time")
     arguments = parser.parse_args(argv)
     _SETTINGS["scenario"] = arguments.scenario
+    try:
+        for method in arguments.methods:
+            _moments(method, arguments.aim)
+    except ValueError as error:
+        parser.error(str(error))
     torch.set_num_threads(1)
     importlib.import_module("cl_plugins.callbacks")  # before the first fork
     known: dict[str, Outcome] = {}
@@ -355,7 +309,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         missing, rest = arguments.kills - sum(before.kills.values()), arguments.seconds - (time.monotonic() - began)
         if missing <= 0 or rest <= 0:
             continue
-        known[method] = _sum(before, kill_method(method, missing, root, arguments.seed + before.starts, seconds=rest))
+        seed = arguments.seed + before.starts
+        known[method] = _sum(before, kill_method(method, missing, root, seed, seconds=rest, aims=arguments.aim))
         outcomes = list(known.values())
         print(markdown([known[method]]).splitlines()[-1], flush=True)
         write_json(arguments.out, {"settings": _SETTINGS, "outcomes": [asdict(o) for o in outcomes]})

@@ -285,6 +285,16 @@ def test_pieces_of_a_kill_test_add_up():
     assert (both.starts, both.differences) == (9, ["x differs"])
 
 
+def test_a_moment_that_a_method_does_not_have_is_refused(tmp_path, capsys):
+    with pytest.raises(
+        ValueError, match=r"`aims` must be moments of ovor: inside a .*; got \['while filling a cache'\]"
+    ):
+        kill_test.kill_method("ovor", 1, tmp_path, aims=[kill_test.CACHING])
+    with pytest.raises(SystemExit):
+        kill_test.main(["--methods", "ovor", "--aim", kill_test.CACHING])
+    assert "got ['while filling a cache']" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_process_that_is_told_to_end_saves_ends_with_143_and_goes_on(tmp_path, whole):
     words = ["run", "--method", "finetune", "--scenario", "split-digits", "--epochs", "1", "--device", "cpu", "--quiet"]
@@ -367,6 +377,15 @@ def test_a_run_that_is_killed_while_it_fills_a_cache_goes_on(tmp_path):
         "assert any((root / 'b' / 'cache').iterdir())",
         "assert k._wait(k._start('lst', root / 'b')) == 0",
         "found = k.differences(root / 'b', root / 'a'); assert not found, found",
+    )
+
+
+@pytest.mark.slow
+def test_a_kill_test_without_a_kill_proves_nothing(tmp_path):
+    _in_a_process(
+        tmp_path,
+        "found = k.kill_method('nearest-mean', 1, root, per_run=0).differences",
+        "assert found == ['no process was killed: none of the moments came'], found",
     )
 
 
