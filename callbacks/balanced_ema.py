@@ -12,6 +12,7 @@ unchanged: the average enters no forward pass until the task ends.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -23,7 +24,7 @@ from cl_plugins._lightning import callbacks_of
 from cl_plugins.ema import BalancedAverager
 from cl_plugins.ema_rules import Rule, make_rule
 from cl_plugins.module_average import ModuleAverage, ParameterFilter, put_average
-from cl_plugins.plugin import ContinualCallback
+from cl_plugins.plugin import ContinualCallback, Row
 from cl_plugins.task import Task
 
 from .task_groups import TaskGroups
@@ -121,6 +122,9 @@ class BalancedEMA(ContinualCallback):
         self.tag = tag
         self._loaded: dict[str, Any] | None = None
         self._reports: dict[int, dict[str, Any]] = {}
+        self._plainly: tuple[int, float] | None = (
+            None  # the newest task without an average, and how well it was learned
+        )
 
     @property
     def state_key(self) -> str:
@@ -322,6 +326,22 @@ class BalancedEMA(ContinualCallback):
         self.average.detach()
         self._loaded = None
 
+    def on_row(self, trainer: pl.Trainer, pl_module: pl.LightningModule, row: Row) -> None:
+        """Warn when a task was learned half as well under the average as one without: the two answers do not mix."""
+        correct, total = (row.correct[row.after], row.total[row.after]) if row.after >= 0 else (None, None)
+        if correct is None or not total:
+            return
+        accuracy = correct / total
+        if row.after not in self._reports:
+            self._plainly = row.after, accuracy
+        elif self._plainly is not None and accuracy < self._plainly[1] / 2:
+            warnings.warn(
+                f"task {row.after} was learned to {accuracy:.2f} under the average and task {self._plainly[0]} to"
+                f" {self._plainly[1]:.2f} without: averages suit tasks that share answers; let TaskGroups keep others"
+                " apart, or average less (`keep`, `kappa`, `decay`)",
+                stacklevel=2,
+            )
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave module and optimizers as they are without this callback."""
         super().teardown(trainer, pl_module, stage)
@@ -332,12 +352,15 @@ class BalancedEMA(ContinualCallback):
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values; ``average`` is None once it is in the weights."""
         average = self.average.averager.state_dict() if self.average.running else None
-        return {"average": average, "rule": self.rule.name, "reports": dict(self._reports)}
+        reports, plainly = dict(self._reports), self._plainly and list(self._plainly)
+        return {"average": average, "rule": self.rule.name, "reports": reports, "plainly": plainly}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until the module is complete and on its device."""
         self._loaded = state_dict
         self._reports = dict(state_dict["reports"])
+        known = state_dict.get("plainly")  # older checkpoints do not say
+        self._plainly = None if known is None else (known[0], known[1])
 
 
 def _groups_of(trainer: pl.Trainer) -> TaskGroups:

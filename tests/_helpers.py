@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -101,6 +103,17 @@ class StopAtTask(ContinualCallback):
     def start_task(self, module, task):
         if task.index == self.stop:
             raise KeyboardInterrupt
+
+
+def leave_processes() -> None:
+    """End this process's group, as gloo of torch 2.5 lets one.
+
+    It hangs when another process leaves while this one still reads, and when its thread asks for Python's lock, to free
+    the last tensors, while the group is destroyed under that lock.
+    """
+    dist.barrier()
+    time.sleep(0.5)
+    dist.destroy_process_group()
 
 
 def run_script(text: str, folder: Path, *arguments: object) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -13,6 +15,7 @@ from cl_plugins import Task, fit_stream
 from cl_plugins.callbacks import BalancedEMA, MaskedHead
 from cl_plugins.ema_rules import make_rule
 from cl_plugins.module_average import ParameterFilter
+from cl_plugins.plugin import Row
 from tests._helpers import PlainModule, quiet_trainer, tiny_stream
 from tests._regression import Regression, all_equal, regression_data, weights_of
 
@@ -324,6 +327,31 @@ def test_the_default_keeps_half_of_what_was_before_a_task_from_the_second_on():
         expected = {n: share * e + (1 - share) * weights[n] for n, e in expected.items()}
     for name, average in zip(ema.average.averager.names, ema.average.averager.averages, strict=True):
         torch.testing.assert_close(average, expected[name])
+
+
+def test_a_task_that_the_average_does_not_learn_is_said():
+    def run(keep):
+        ema = BalancedEMA(keep=keep)
+        return ema, fit_stream(quiet_trainer(callbacks=[ema], max_epochs=4), PlainModule(), tiny_stream(2))
+
+    with pytest.warns(UserWarning, match=r"task 1 was learned to 0\.00 under the average and task 0 to 1\.00 without"):
+        held, result = run(keep=0.999)
+    assert result.accuracy_matrix.diagonal().tolist() == [1.0, 0.0]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        _, result = run(keep=0.01)
+    assert result.accuracy_matrix[1, 1] > 0.5
+    assert not any("under the average" in str(w.message) for w in told)
+
+    resumed = BalancedEMA()
+    resumed.load_state_dict(held.state_dict())
+    row = Row(1, (5, 4), (10, 9), (5, 4), (), 0.0)  # 0.44 of the newest task, below half of 1.00
+    with pytest.warns(UserWarning, match=r"learned to 0\.44 under the average and task 0 to 1\.00"):
+        resumed.on_row(quiet_trainer(), PlainModule(), row)
+    resumed.load_state_dict({k: v for k, v in held.state_dict().items() if k != "plainly"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resumed.on_row(quiet_trainer(), PlainModule(), row)  # a checkpoint from before says nothing
 
 
 def test_a_loop_of_ones_own_must_say_how_long_it_is():

@@ -31,6 +31,7 @@ from cl_plugins.runs import RunWriter, read_run
 from cl_plugins.scenarios import MultiLabel
 from cl_plugins.stream_state import rows_from_state, rows_to_state
 from cl_plugins.task import Task
+from tests._helpers import leave_processes
 
 
 class Numbered:
@@ -207,8 +208,7 @@ def _worker(rank, port, folder):
         metric.update(logits[mine], torch.from_numpy(targets[mine]), earlier=[5])
     alone = metric.scores(gather=False)
     torch.save([repr(metric.scores(gather=True)), sum(alone.present)], f"{folder}/{rank}.pt")
-    dist.barrier()  # one that leaves while the other still reads can hang gloo of torch 2.5
-    dist.destroy_process_group()
+    leave_processes()
 
 
 @pytest.mark.ddp
