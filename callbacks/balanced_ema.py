@@ -23,9 +23,10 @@ from torch.optim import Optimizer
 from cl_plugins._lightning import callbacks_of
 from cl_plugins.ema import BalancedAverager
 from cl_plugins.ema_rules import Rule, make_rule
+from cl_plugins.evaluation import taught_columns
 from cl_plugins.module_average import ModuleAverage, ParameterFilter, put_average
 from cl_plugins.plugin import ContinualCallback, Row
-from cl_plugins.task import Task
+from cl_plugins.task import Stream, Task
 
 from .task_groups import TaskGroups
 
@@ -122,9 +123,8 @@ class BalancedEMA(ContinualCallback):
         self.tag = tag
         self._loaded: dict[str, Any] | None = None
         self._reports: dict[int, dict[str, Any]] = {}
-        self._plainly: tuple[int, float] | None = (
-            None  # the newest task without an average, and how well it was learned
-        )
+        self._stream: Stream | None = None
+        self._plainly: tuple[int, float] | None = None  # the newest task without an average, its accuracy
 
     @property
     def state_key(self) -> str:
@@ -215,6 +215,10 @@ class BalancedEMA(ContinualCallback):
             self.average.end()
 
     # Lightning's hooks
+
+    def on_stream_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stream: Stream) -> None:
+        """Remember which task teaches what is evaluated."""
+        self._stream = stream
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse two averages that a checkpoint could not tell apart."""
@@ -328,8 +332,9 @@ class BalancedEMA(ContinualCallback):
 
     def on_row(self, trainer: pl.Trainer, pl_module: pl.LightningModule, row: Row) -> None:
         """Warn when a task was learned half as well under the average as one without: the two answers do not mix."""
-        correct, total = (row.correct[row.after], row.total[row.after]) if row.after >= 0 else (None, None)
-        if correct is None or not total:
+        taught = taught_columns(self._stream, row.after) if self._stream is not None and row.after >= 0 else ()
+        correct, total = (sum(counts[j] or 0 for j in taught) for counts in (row.correct, row.total))
+        if total == 0:  # a task that adds nothing to what is evaluated
             return
         accuracy = correct / total
         if row.after not in self._reports:

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from cl_plugins._lightning import datamodule_of
-from cl_plugins.evaluation import evaluation_tasks, learned_after
+from cl_plugins.evaluation import evaluation_tasks, taught_columns
 from cl_plugins.inside_tasks import InsideRow, InsideTasks, sorted_rows
 from cl_plugins.plugin import ContinualCallback, Row, plugins_of
 from cl_plugins.pooled_evaluation import Counts, PooledLoader, evaluate_pooled
@@ -120,7 +120,8 @@ class ContinualEvaluation(ContinualCallback):
     def _known(self, task: int) -> tuple[int, int]:
         """Columns learned before ``task``, and with it."""
         assert self._stream is not None
-        return 0 if task == 0 else learned_after(self._stream, task - 1), learned_after(self._stream, task)
+        taught = taught_columns(self._stream, task)
+        return taught.start, taught.stop
 
     def choose(self, task: int, step: int) -> list[int]:
         """The columns that an evaluation at ``step`` inside ``task`` covers."""

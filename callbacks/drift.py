@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cl_plugins import functional
 from cl_plugins.drift import DriftRow, drift_events, recency_of_row, size_by_kind
 from cl_plugins.drift_probe import read_probe
-from cl_plugins.evaluation import Predict, default_predict, evaluation_tasks, learned_after, seen_classes
+from cl_plugins.evaluation import Predict, default_predict, evaluation_tasks, seen_classes, taught_columns
 from cl_plugins.plugin import ContinualCallback, Row, plugins_of
 from cl_plugins.result import StreamResult
 from cl_plugins.stream_state import same_randomness, stream_predict
@@ -123,9 +123,9 @@ class DriftTracker(ContinualCallback):
 
     def _measure(self, trainer: pl.Trainer, module: pl.LightningModule, stream: Stream, row: Row) -> DriftRow:
         tasks = evaluation_tasks(stream)
-        count = learned_after(stream, row.after)
+        taught = taught_columns(stream, row.after)
+        before, count = taught.start, taught.stop
         learned = [t.index for t in tasks if t.index < count]
-        before = learned_after(stream, row.after - 1) if row.after else 0
         undefined: dict[str, str] = {}
         seen, predict = seen_classes(stream, row.after), self._predict(trainer, stream)
         features, judged, reason = read_probe(trainer, module, stream, self.probe, predict, seen, self.head)

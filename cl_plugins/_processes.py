@@ -35,9 +35,9 @@ def gather_rows(rows: Tensor, dealt: bool = False) -> Tensor:
     shape = torch.tensor(rows.shape, device=rows.device)
     shapes = [torch.zeros_like(shape) for _ in range(dist.get_world_size())]
     dist.all_gather(shapes, shape)
-    counts = [int(s[0]) for s in shapes]
+    counts, *widths = zip(*torch.stack(shapes).tolist(), strict=True)
     if not len(rows):
-        rows = rows.new_zeros(0, *torch.stack(shapes).amax(0)[1:].tolist())
+        rows = rows.new_zeros(0, *map(max, widths))
     widest = pad(rows, (0, 0) * (rows.ndim - 1) + (0, max(counts) - len(rows))).contiguous()
     parts = [torch.empty_like(widest) for _ in counts]
     dist.all_gather(parts, widest)

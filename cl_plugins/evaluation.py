@@ -197,6 +197,11 @@ def learned_after(stream: Stream, task: int) -> int:
     return int(tell(task)) if callable(tell) else task + 1
 
 
+def taught_columns(stream: Stream, task: int) -> range:
+    """The columns that ``task`` teaches: those learned with it and not before; none where tasks add no column."""
+    return range(learned_after(stream, task - 1) if task else 0, learned_after(stream, task))
+
+
 def seen_classes(stream: Stream, upto: int) -> Tensor:
     """Which classes a prediction may name once task ``upto`` is learned, ``(classes,)`` bool.
 
@@ -231,11 +236,10 @@ def drawn_columns(stream: Stream, task: int, count: int, seed: int) -> list[int]
             "`evaluate_old` must be None on a multi-label stream, whose scores are over the labels of all tasks,"
             f" got {count!r}"
         )
-    learned = learned_after(stream, task)
-    old = learned_after(stream, task - 1) if task else 0
+    taught = taught_columns(stream, task)
     if task == len(stream.tasks) - 1:
-        return list(range(learned))
-    return [*draw_tasks(old, count, seed, task), *range(old, learned)]
+        return list(range(taught.stop))
+    return [*draw_tasks(taught.start, count, seed, task), *taught]
 
 
 def forward_setting(

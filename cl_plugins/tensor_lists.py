@@ -10,6 +10,8 @@ from torch import Tensor
 _CHUNK = 1 << 22
 """Elements that temporaries of a step may hold at once, unless one tensor alone is larger."""
 
+_HALF = (torch.bfloat16, torch.float16)
+
 _SCALAR_LISTS = hasattr(torch.ops.aten._foreach_lerp_, "ScalarList")
 
 
@@ -93,16 +95,16 @@ def interpolate_(averages: Sequence[Tensor], weights: Sequence[Tensor], alpha: T
     # the multi-tensor calls take lists alone
     targets = averages if isinstance(averages, list) else list(averages)
     sources = weights if isinstance(weights, list) else list(weights)
-    dtype, device = targets[0].dtype, targets[0].device
-    if dtype in (torch.bfloat16, torch.float16):
+    first = targets[0]
+    if first.dtype in _HALF:
         # the released code's two products, whose rounding decides whether such an average moves at all
         per_tensor = alpha if isinstance(alpha, Tensor) else torch.full((len(targets),), alpha)
-        for average, weight, a in zip(targets, sources, per_tensor.to(device).unbind(), strict=True):
-            old = ((1.0 - a) * average.float()).to(dtype)
-            average.copy_(old + (a * weight.float()).to(dtype))
+        for average, weight, a in zip(targets, sources, per_tensor.to(first.device).unbind(), strict=True):
+            old = ((1.0 - a) * average.float()).to(first.dtype)
+            average.copy_(old + (a * weight.float()).to(first.dtype))
     elif not isinstance(alpha, Tensor):
         torch._foreach_lerp_(targets, sources, alpha)
-    elif _SCALAR_LISTS and device.type == "cpu" and alpha.device.type == "cpu":
+    elif _SCALAR_LISTS and first.is_cpu and alpha.is_cpu:
         torch._foreach_lerp_(targets, sources, alpha.tolist())
     else:
-        torch._foreach_lerp_(targets, sources, list(alpha.to(device, dtype, non_blocking=True).unbind()))
+        torch._foreach_lerp_(targets, sources, list(alpha.to(first.device, first.dtype, non_blocking=True).unbind()))

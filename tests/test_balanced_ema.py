@@ -344,6 +344,7 @@ def test_a_task_that_the_average_does_not_learn_is_said():
     assert not any("under the average" in str(w.message) for w in told)
 
     resumed = BalancedEMA()
+    resumed.on_stream_start(quiet_trainer(), PlainModule(), tiny_stream(2))
     resumed.load_state_dict(held.state_dict())
     row = Row(1, (5, 4), (10, 9), (5, 4), (), 0.0)  # 0.44 of the newest task, below half of 1.00
     with pytest.warns(UserWarning, match=r"learned to 0\.44 under the average and task 0 to 1\.00"):
@@ -352,6 +353,17 @@ def test_a_task_that_the_average_does_not_learn_is_said():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         resumed.on_row(quiet_trainer(), PlainModule(), row)  # a checkpoint from before says nothing
+
+
+def test_tasks_that_add_no_column_are_not_compared():
+    stream = tiny_stream(2)
+    stream.evaluation_tasks = (Task(0, (0, 1, 2, 3, 4, 5)),)  # one column, which the first task teaches
+    stream.learned_after = lambda task: 1
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        result = fit_stream(quiet_trainer(callbacks=[BalancedEMA(keep=0.999)]), PlainModule(), stream)
+    assert result.correct.shape == (2, 1)
+    assert not any("under the average" in str(w.message) for w in told)
 
 
 def test_a_loop_of_ones_own_must_say_how_long_it_is():

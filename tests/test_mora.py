@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import pytorch_lightning as pl
@@ -480,7 +481,7 @@ def test_export_and_load(tmp_path):
     from safetensors import safe_open
 
     with safe_open(str(tmp_path / "mora.safetensors"), "pt") as file:
-        assert all(".old_" in k or ".new_" in k for k in file.keys())  # noqa: SIM118
+        assert all(".old_" in k or ".new_" in k for k in list(file.keys()))
         assert '"rank": 2' in file.metadata()["cl_plugins"]
 
 
@@ -501,10 +502,10 @@ def test_adapters_of_another_rank_or_other_layers_are_refused(tmp_path, options,
     method.export_adapters(saved, tmp_path / "mora.safetensors")
     module, other = _grown(1, **options)
     before = _weights(module)
-    from_file = lambda: other.load_adapters(module, tmp_path / "mora.safetensors")  # noqa: E731
-    from_state = lambda: module.load_state_dict(saved.state_dict())  # noqa: E731
+    from_file = partial(other.load_adapters, module, tmp_path / "mora.safetensors")
+    load = from_file if how == "file" else partial(module.load_state_dict, saved.state_dict())
     with pytest.raises(RuntimeError, match=message):
-        (from_file if how == "file" else from_state)()
+        load()
     assert _same(module, before)
 
 

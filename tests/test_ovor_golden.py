@@ -32,7 +32,7 @@ def cases(pattern: str) -> pytest.MarkDecorator:
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with safe_open(path, "pt") as f:
-        return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}  # noqa: SIM118  no iterator
+        return {k: f.get_tensor(k) for k in list(f.keys())}, f.metadata() or {}
 
 
 def in_double(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

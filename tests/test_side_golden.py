@@ -29,7 +29,7 @@ class Golden(dict):
 
     def __init__(self, path: Path) -> None:
         with safe_open(path, "pt") as file:
-            super().__init__({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118  not a mapping
+            super().__init__({key: file.get_tensor(key) for key in list(file.keys())})
             self.meta = {k: json.loads(v) if v[:1] in "[0123456789" else v for k, v in file.metadata().items()}
 
     def under(self, prefix: str) -> dict[str, torch.Tensor]:
