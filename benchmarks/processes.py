@@ -43,6 +43,7 @@ TEAMS: dict[str, list[str]] = {
     "TaskGroups": ["LoRA", "TaskGroups"],
     "CacheFeatures": ["FrozenBackbone", "CacheFeatures"],
     "CacheFeatures and LadderSideTuning": ["LadderSideTuning", "CacheFeatures"],
+    "CacheFeatures and OVOR": ["OVOR", "CacheFeatures"],
     "OVOR and NearestMean": ["OVOR", "NearestMean"],
     "MoRA and RanPAC": ["MoRA", "RanPAC"],
     "MaskedHead and BalancedEMA": ["MaskedHead", "BalancedEMA"],

@@ -118,6 +118,7 @@ class SideCallback(FrozenBackbone):
             with torch.random.fork_rng():
                 build()  # a faulty option is told here rather than at the first task
             taps = backbone_taps(module, found, head)
+            taps.frozen = True
             router = TaskRouter(head.out_features, head.in_features)
             bank = SideBank(head, taps, build, self.regime, self.routing, router).to(head.weight.device)
             plugins[self.plugin] = bank.train(module.training)

@@ -13,7 +13,7 @@ from cl_plugins.backbones import find_backbone
 from cl_plugins.cached_stream import CachedStream
 from cl_plugins.feature_cache import FeatureCache
 from cl_plugins.heads import find_head
-from cl_plugins.plugin import ContinualCallback, Row
+from cl_plugins.plugin import ContinualCallback, Row, plugins_of
 from cl_plugins.taps import backbone_taps
 
 if TYPE_CHECKING:
@@ -32,9 +32,12 @@ class CacheFeatures(ContinualCallback):
     ``[FrozenBackbone(), CacheFeatures()]``, ``[NearestMean(), CacheFeatures()]``. Epochs after the first, and
     evaluations of earlier tasks, never run the backbone.
 
+    ``[OVOR(), CacheFeatures()]``: a task's first epochs train a prompt inside the backbone and read images, its head
+    epochs read the features of the finished prompt. These are stored without new augmentation for each head epoch, but
+    for ``views``.
+
     WHEN: replaces the stream's loaders at the start of the stream by ones that give row ids, and fills a split when it
-        is
-    first asked for; sets the loaders back at the end. The module must hand its input to the backbone as it is.
+    is first asked for; sets the loaders back at the end. The module must hand its input to the backbone as it is.
 
     With several processes the first one fills a ``folder`` while the others wait; without a folder each keeps a cache
     of its own with all samples. The process group's timeout must be above the time of filling.
@@ -83,13 +86,14 @@ class CacheFeatures(ContinualCallback):
         self.views, self.keep_training_data = views, keep_training_data
         self.backbone, self.head = backbone, head
         self._source: CachedStream | None = None
+        self._phased: ContinualCallback | None = None
         self._begun = False
 
     def conflict(self, other: ContinualCallback, module: nn.Module) -> str | None:
         """Methods that train something in front of the classifier, and a second cache."""
         if isinstance(other, CacheFeatures):
             return "one cache holds all features"
-        if other.feature == "adapted":
+        if other.feature == "adapted" and other.in_head_phase is None:
             return f"features change while {type(other).__name__} trains weights inside the backbone"
         return None
 
@@ -116,12 +120,21 @@ class CacheFeatures(ContinualCallback):
         self._restore()
         self._source = self.open(pl_module, stream, context=trainer.precision_plugin.forward_context)
         self._begun = False
+        self._phased = next((p for p in plugins_of(trainer) if p.in_head_phase is not None), None)
         for name in _METHODS:
             setattr(stream, name, partial(self._loader, name))
 
     def _loader(self, name: str, *args: Any) -> Any:
-        """A loader of the cached stream; the stream's own before the first task, when nothing is frozen yet."""
+        """A loader of the cached stream; the stream's own before the first task, when nothing is frozen yet.
+
+        Beside a method with a head phase the training data are all that is read twice before the features change.
+        """
         assert self._source is not None
+        phased = self._phased
+        if phased is not None and name == "train_dataloader":
+            return self._source.phased_train_dataloader(lambda: bool(phased.in_head_phase))
+        if phased is not None:
+            return self._source.images(name, *args)
         self._begun |= name != "test_loader"
         return getattr(self._source, name)(*args) if self._begun else self._source.images(name, *args)
 

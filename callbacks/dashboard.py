@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from cl_plugins.plugin import ContinualCallback, Row, plugins_of
 from cl_plugins.result import MOST_CONFUSED, StreamResult
@@ -224,7 +225,7 @@ class ForgettingDashboard(ContinualCallback):
         self._flush(always=True)
         self._close()
         if self.report is not None:
-            print(f"report: {self.report}")
+            tqdm.write(f"report: {self.report}")  # in front of a bar that is still open
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Record why training stopped; what was recorded before stays."""

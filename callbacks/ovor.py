@@ -54,8 +54,9 @@ class OVOR(OnePrompt):
             paper does (noise around samples at the edge of the data); None takes the mode of ``outliers``.
         head_epochs: head epochs per task. None for a fifth of ``max_epochs``, at least 1, as the published 10 of 50 and
             4 of 20.
-        refresh_features: collect the features anew in each head epoch, with new augmentation, as published. Otherwise
-            once: the first head epoch makes all passes, at its learning rate, and ends the task's training.
+        refresh_features: collect the features anew in each head epoch, with new augmentation, as published; beside
+            :class:`CacheFeatures` the backbone computes them in the first one alone. Otherwise once: the first head
+            epoch makes all passes, at its learning rate, and ends the task's training.
         lengths: as in :class:`OnePrompt`.
         backbone: dotted name of the transformer, for modules with several.
         head: dotted name of the classifier, for modules where it cannot be told.
@@ -92,7 +93,7 @@ class OVOR(OnePrompt):
         self.head_epochs = head_epochs
         self.refresh_features = refresh_features
         self._first_head_epoch = 0
-        self._in_head_epoch = False
+        self.in_head_phase: bool = False
         self._features: list[Tensor] = []
         self._labels: list[Tensor] = []
         self._saved: list[list[Tensor]] = []
@@ -124,7 +125,7 @@ class OVOR(OnePrompt):
 
     def extra_loss(self, module: nn.Module) -> Tensor | None:
         """In head epochs 0 times the prompts: DistributedDataParallel waits for a gradient of each."""
-        if not self._in_head_epoch:
+        if not self.in_head_phase:
             return None
         sums = [p.sum() for p in self.prompt(module).parameters() if p.requires_grad]
         return torch.stack(sums).sum() * 0 if sums else None
@@ -203,14 +204,14 @@ class OVOR(OnePrompt):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Note the learning rates: Lightning steps schedulers of the epoch before the head phase runs."""
-        if self._in_head_epoch:
+        if self.in_head_phase:
             self._rates = [copy(group["lr"]) for o in trainer.optimizers for group in o.param_groups]
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Leave nothing for the optimizer to move in a head epoch's own batches."""
-        if self._in_head_epoch:
+        if self.in_head_phase:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     parameter.grad = None
@@ -220,7 +221,7 @@ class OVOR(OnePrompt):
     ) -> None:
         """Keep the batch's features; after the epoch's last batch, train the classifier on all of them."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if not self._in_head_epoch:
+        if not self.in_head_phase:
             return
         features, labels = self._tap(pl_module).take(), self.targets(batch)
         if len(features) != len(labels):
@@ -235,7 +236,7 @@ class OVOR(OnePrompt):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make up for an epoch that ended early."""
-        if self._in_head_epoch and self._features:
+        if self.in_head_phase and self._features:
             self._run(trainer, pl_module)
 
     def _run(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -282,7 +283,10 @@ class OVOR(OnePrompt):
         return tap
 
     def _set_mode(self, module: nn.Module, head_epoch: bool) -> None:
-        self._in_head_epoch = self._tap(module).on = self.prompt(module).frozen = head_epoch
+        self.in_head_phase = self._tap(module).on = self.prompt(module).frozen = head_epoch
+        if head_epoch and self._check is not None:  # cached features pass no prompt
+            self._check.close()
+            self._check = None
 
     def _forget(self, module: nn.Module) -> None:
         self._features, self._labels = [], []

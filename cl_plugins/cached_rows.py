@@ -5,7 +5,7 @@ row id = entry * 2^32 + row
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -70,6 +70,55 @@ def rows_loader(images: DataLoader[Any], rows: CachedRows) -> DataLoader[Any]:
     loader.images = images
     made: DataLoader[Any] = loader
     return made
+
+
+class PhasedLoader:
+    """Images in the epochs that train something in front of the classifier, rows in the others, in the same batches.
+
+    Each epoch decides when its first batch is asked for: Lightning makes iterators before its hooks name the epoch.
+
+    Args:
+        images: its sampler counts epochs, and is that of the rows as well.
+        rows: makes the loader of rows; called once, when an epoch first asks for it.
+        fixed: whether nothing in front of the classifier trains now.
+
+    Raises:
+        TypeError: for loaders that do not count epochs and batches: rows could not go on where the images stopped.
+    """
+
+    def __init__(self, images: DataLoader[Any], rows: Callable[[], DataLoader[Any]], fixed: Callable[[], bool]) -> None:
+        if not (hasattr(images, "state_dict") and hasattr(images.sampler, "begin")):
+            raise TypeError(
+                "the loader must count epochs and batches where features of single epochs are cached, got a"
+                f" {type(images).__name__} with a {type(images.sampler).__name__}; use a TaskStream of"
+                " cl_plugins.scenarios"
+            )
+        self.images: Any = images
+        self._rows, self._fixed = rows, fixed
+        self._cached: Any = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __iter__(self) -> Iterator[Any]:
+        fixed = self._fixed()
+        if fixed and self._cached is None:
+            self._cached = self._rows()
+        yield from self._cached if fixed else self.images
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("sampler", "batch_sampler", "batch_size", "dataset", "num_workers"):
+            return getattr(self.images, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position of the loader that gave the last batch."""
+        state: dict[str, Any] = (self.images if self._cached is None else self._cached).state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on there, with images or rows."""
+        self.images.load_state_dict(state_dict)
 
 
 def read_rows(entries: Sequence[CacheEntry], ids: Tensor) -> dict[str, Tensor]:

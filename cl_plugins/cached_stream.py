@@ -23,7 +23,7 @@ from cl_plugins.adapters.side_bank import SideBank
 from cl_plugins.attach import plugin_modules
 from cl_plugins.backbones import Backbone
 from cl_plugins.cache_entry import CacheEntry
-from cl_plugins.cached_rows import CachedRows, read_rows, rows_loader
+from cl_plugins.cached_rows import CachedRows, PhasedLoader, read_rows, rows_loader
 from cl_plugins.closed_form import ClosedFormHead
 from cl_plugins.evaluation import evaluating, split_batch, to_device
 from cl_plugins.feature_cache import CacheKey, FeatureCache, each_once, tensor_digest
@@ -94,6 +94,14 @@ class CachedStream:
         """Training data of the current task in the stream's own order, as row ids."""
         return self.cached(self._images["train_dataloader"](), f"train-{self.stream.task}", self.views)
 
+    def phased_train_dataloader(self, fixed: Callable[[], bool]) -> PhasedLoader:
+        """Training data of the current task, as row ids in those epochs in which ``fixed()`` says that features stay.
+
+        The entry has the digest of the weights in its name, since each task and each run trains them anew.
+        """
+        split, images = f"train-{self.stream.task}", self._images["train_dataloader"]()
+        return PhasedLoader(images, lambda: self.cached(images, f"{split}@{self._weights()}", self.views), fixed)
+
     def test_loader(self, index: int) -> DataLoader[Any]:
         """Test data of task ``index``, as row ids."""
         return self.cached(self._images["test_loader"](index), f"test-{index}")
@@ -101,8 +109,13 @@ class CachedStream:
     def train_loader_for_features(self, index: int) -> DataLoader[Any]:
         """Training data of task ``index`` in a fixed order without augmentation, as row ids."""
         images = self._images["train_loader_for_features"](index)
-        trained = self._keys.get(f"train-{index}-v0")
-        same = trained is not None and trained.transform == fingerprint(images, 0)
+        held, transform = self._keys.get(f"train-{index}-v0"), fingerprint(images, 0)
+        if held is None and index == self.stream.task:
+            same = fingerprint(self._images["train_dataloader"](), 0) == transform  # no augmentation: one pass for both
+            if same:
+                self.train_dataloader()  # in its batches, as where training asks first
+        else:
+            same = held is not None and held.transform == transform
         return self.cached(images, f"train-{index}" if same else f"features-{index}")
 
     def cached(self, images: DataLoader[Any], split: str, views: int = 1) -> DataLoader[Any]:
@@ -133,13 +146,16 @@ class CachedStream:
         return TapRecord(taps, arrays.get("image")), arrays["feature"]
 
     def forget(self, split: str) -> None:
-        """Release a split: its memory, and its files unless the cache has a folder to keep."""
-        for name in [n for n, k in self._keys.items() if k.split == split]:
+        """Release a split: its memory, and its files unless the cache has a folder to keep.
+
+        Files of weights that the run itself trained go in any case: nothing will compute the same features again.
+        """
+        for name in [n for n, k in self._keys.items() if k.split.split("@")[0] == split]:
             key = self._keys.pop(name)
             number = self._numbers.pop(key, None)
             if number is not None:
                 self._entries[number] = CacheEntry({}, {}, torch.zeros(0, dtype=torch.int64), True)
-            self.cache.release(key)
+            (self._drop if "@" in key.split else self.cache.release)(key)
 
     # filling
 
@@ -166,8 +182,12 @@ class CachedStream:
         if held is None or held.arrays == key.arrays or replace(held, arrays=key.arrays) != key:
             return
         self._entries[self._numbers.pop(held)] = CacheEntry({}, {}, torch.zeros(0, dtype=torch.int64), True)
+        self._drop(held)
+
+    def _drop(self, key: CacheKey) -> None:
+        """Delete an entry; of a folder that all processes share, the first one deletes it."""
         first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
-        (self.cache.drop if first or self.cache.folder is None else self.cache.release)(held)
+        (self.cache.drop if first or self.cache.folder is None else self.cache.release)(key)
 
     def _open_or_fill(self, key: CacheKey, images: DataLoader[Any], view: int) -> CacheEntry:
         """The entry of a key. A folder is filled by the first process while the others wait."""
@@ -196,7 +216,7 @@ class CachedStream:
         entry = self.cache.open(key)
         if entry is None:
             batches = self._compute(in_order(images, view))
-            entry = self.cache.fill(key, batches, count_samples(images))
+            entry = self.cache.fill(key, batches, count_samples(images), label=f"caching {key.split.split('@')[0]}")
         return entry
 
     def _arrays(self) -> tuple[str, ...]:
@@ -237,7 +257,7 @@ class CachedStream:
         finally:
             self.taps.frozen = frozen
             handle.remove()
-        if self.taps.choose is not None or not frozen or any(seen):
+        if self.taps.choose is not None or any(seen):
             raise RuntimeError(
                 "features can only be cached when everything in front of the classifier is frozen, but prompts, norms"
                 " or other weights there still train; leave CacheFeatures out of the callbacks"

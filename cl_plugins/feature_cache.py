@@ -192,7 +192,11 @@ class FeatureCache:
         labels: list[Tensor] = []
         done = 0
         bar = tqdm(
-            total=n, desc=label or f"caching {key.split}", unit="sample", disable=None if self.progress else True
+            total=n,
+            desc=label or f"caching {key.split}",
+            unit="sample",
+            leave=False,  # a stream fills several a task
+            disable=None if self.progress else True,
         )
         try:
             with bar:

@@ -89,6 +89,10 @@ class ContinualCallback(Callback):
     needs_steps: ClassVar[bool] = False
     """Whether a stream without any training step leaves this callback nothing to do."""
 
+    in_head_phase: bool | None = None
+    """Whether the classifier alone trains until the task ends, so that features can be cached; None for methods without
+    such a phase."""
+
     def __init__(self) -> None:
         self._task: Task | None = None
         self._check: CallCheck | None = None

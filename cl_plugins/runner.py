@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cl_plugins._lightning import Callback, callbacks_of
 from cl_plugins.checkpoint_files import checkpoint_files, damage, newest_intact
@@ -262,6 +262,18 @@ def _fit(trainer: pl.Trainer, module: pl.LightningModule, stream: Stream, index:
         raise KeyboardInterrupt(f"training was stopped in task {index}; finished tasks are recorded")
 
 
+def _load_own_weights(module: nn.Module, saved: dict[str, Tensor]) -> None:
+    """Put back what the user built before the plugins grow: they may compute starting weights or cached features there.
+
+    ``fit`` loads all of it once more, strictly, when the structure of the task is complete.
+    """
+    with torch.no_grad():
+        for name, value in module.state_dict().items():
+            known = None if name.startswith("plugins.") else saved.get(name)
+            if isinstance(known, Tensor) and known.shape == value.shape:
+                value.copy_(known)
+
+
 def _same_buffers(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """Give every process rank 0's buffers: each one's last batch left batch statistics of its own."""
     if trainer.world_size > 1 and torch.distributed.is_initialized():
@@ -334,6 +346,8 @@ def fit_stream(
         first, spent = saved["task"], saved.get("spent", 0.0)
         restore_result(result, saved)
         between = checkpoint if KIND in checkpoint else None
+        if between is None:
+            _load_own_weights(module, checkpoint["state_dict"])
         del checkpoint
     plugins, savers = plugins_of(trainer), _checkpoints(trainer)
     with ExitStack() as stack:

@@ -261,11 +261,12 @@ class BackboneTaps(nn.Module):
 
 
 def backbone_taps(module: nn.Module, backbone: Backbone, head: nn.Module) -> BackboneTaps:
-    """The one tap of ``backbone`` under ``module.plugins``; side networks and caches share it."""
+    """The one tap of ``backbone`` under ``module.plugins``; side networks, which freeze it, and caches share it."""
     plugins = plugin_modules(module)
     if "taps" not in plugins:
         made = BackboneTaps(backbone).attach()
         made.substitute_at(head)
+        made.frozen = False
         plugins["taps"] = made
     taps = plugins["taps"]
     assert isinstance(taps, BackboneTaps)

@@ -83,6 +83,14 @@ def test_each_sample_passes_the_backbone_once():
     assert samples <= module.images <= samples + checks
 
 
+def test_starting_weights_routing_and_training_share_one_pass():
+    for transform in (None, lambda x: x.flip(-1)):
+        module, _, _ = run(METHODS["lst-fisher"](), CacheFeatures(progress=False), train_transform=transform)
+        fisher, samples = 3 * 4, 6 * 16 + 6 * 5
+        passes = samples if transform is None else samples + 6 * 16  # augmented images are others
+        assert passes <= module.images - fisher <= passes + 2 * 3 * 8
+
+
 def test_a_second_run_reads_the_folder(tmp_path):
     first, expected, _ = run(METHODS["lst"](), CacheFeatures(tmp_path, progress=False))
     second, result, _ = run(METHODS["lst"](), CacheFeatures(tmp_path, progress=False, byte_budget=0))

@@ -47,7 +47,7 @@ def test_the_run_is_recorded_as_the_runner_measured_it(tmp_path, capsys):
     assert (tmp_path / "demo" / "events.0.0.jsonl").read_text().count('"kind":"plug"') == 3  # each told once
     assert run.confusion[2].sum() == result.total[2].sum()
     assert dashboard.report.stat().st_size > 1e6
-    assert capsys.readouterr().out.count(f"report: {tmp_path / 'demo' / 'report.html'}") == 1
+    assert capsys.readouterr().out.splitlines().count(f"report: {tmp_path / 'demo' / 'report.html'}") == 1
 
 
 def test_the_report_is_there_after_every_task(tmp_path):

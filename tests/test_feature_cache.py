@@ -339,6 +339,9 @@ def test_progress_is_shown_where_there_is_a_terminal(monkeypatch, capsys):
             yield batch
 
     FeatureCache().fill(KEY, slow(), 10, label="caching train 0")
-    assert "caching train 0" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "caching train 0" in told
+    assert "\n" not in told  # a stream of 20 tasks would leave 60 lines
+    assert told.endswith("\r")
     FeatureCache(progress=False).fill(KEY, batches(), 10)
     assert capsys.readouterr().err == ""

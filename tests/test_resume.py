@@ -287,11 +287,11 @@ def test_pieces_of_a_kill_test_add_up():
 
 def test_a_moment_that_a_method_does_not_have_is_refused(tmp_path, capsys):
     with pytest.raises(
-        ValueError, match=r"`aims` must be moments of ovor: inside a .*; got \['while filling a cache'\]"
+        ValueError, match=r"`aims` must be moments of mora: inside a .*; got \['while filling a cache'\]"
     ):
-        kill_test.kill_method("ovor", 1, tmp_path, aims=[kill_test.CACHING])
+        kill_test.kill_method("mora", 1, tmp_path, aims=[kill_test.CACHING])
     with pytest.raises(SystemExit):
-        kill_test.main(["--methods", "ovor", "--aim", kill_test.CACHING])
+        kill_test.main(["--methods", "mora", "--aim", kill_test.CACHING])
     assert "got ['while filling a cache']" in capsys.readouterr().err
 
 

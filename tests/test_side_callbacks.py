@@ -122,10 +122,11 @@ def test_base_names_stay_and_copies_work(name):
     torch.testing.assert_close(compiled(images()), before)
 
 
-@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize("cache", [None, "memory", "folder"])
 def test_resume_inside_a_task_equals_an_uninterrupted_run(tmp_path, cache):
     def callbacks():
-        extra = [CacheFeatures(progress=False)] if cache else []
+        folder = tmp_path / "cache" if cache == "folder" else None
+        extra = [CacheFeatures(folder, progress=False)] if cache else []
         return [METHODS["lst"](regime="per_task"), *extra]
 
     class Stop(pl.Callback):
