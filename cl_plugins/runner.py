@@ -20,15 +20,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cl_plugins._lightning import Callback, callbacks_of
-from cl_plugins.checkpoint_files import checkpoint_files, damage, newest_intact
 from cl_plugins.composition import check_composition
 from cl_plugins.evaluation import Predict, default_predict, drawn_columns, evaluate_tasks
 from cl_plugins.plugin import ContinualCallback, Row, plugins_of, tell_row
 from cl_plugins.result import StreamResult
-from cl_plugins.stream_checkpoint import KIND, StreamCheckpoint, StreamStopped, restore_between
+from cl_plugins.resuming import find_checkpoint, load_own_weights, restore_between, savers_of
+from cl_plugins.stream_checkpoint import KIND, StreamStopped
 from cl_plugins.stream_state import StreamState, restore_result
 from cl_plugins.task import Stream, check_tasks
 
@@ -208,40 +208,6 @@ def _needs_fit(plugins: list[ContinualCallback]) -> bool:
     return "required" in kinds or "none" not in kinds
 
 
-def _checkpoints(trainer: pl.Trainer) -> list[StreamCheckpoint]:
-    return [c for c in callbacks_of(trainer) if isinstance(c, StreamCheckpoint)]
-
-
-def find_checkpoint(trainer: pl.Trainer, ckpt_path: str | Path) -> Path:
-    """The checkpoint file that ``ckpt_path`` means; ``"last"`` is the newest one of this Trainer's folders.
-
-    Raises:
-        FileNotFoundError: saying where it was looked for.
-    """
-    if str(ckpt_path) != "last":
-        path = Path(ckpt_path)
-        if not path.is_file():
-            raise FileNotFoundError(f"`ckpt_path` must be a checkpoint file or 'last', got {str(ckpt_path)!r}")
-        wrong = damage(path) if path in checkpoint_files(path.parent) else None
-        if wrong is not None:
-            raise ValueError(f"`ckpt_path` must be a whole checkpoint, got {str(path)!r}: {wrong}; use 'last'")
-        return path
-    for saver in _checkpoints(trainer):
-        newest = newest_intact(saver.folder)
-        if newest is not None:
-            return newest
-    given = [getattr(c, "dirpath", None) for c in trainer.checkpoint_callbacks]
-    folders = {Path(d) for d in given if d}
-    folders = folders or {Path(trainer.default_root_dir)}
-    found = [p for folder in folders if folder.is_dir() for p in folder.rglob("*.ckpt")]
-    if not found:
-        raise FileNotFoundError(
-            f"`ckpt_path='last'` found no .ckpt file in {', '.join(sorted(map(str, folders)))};"
-            " give the Trainer a StreamCheckpoint, or leave `ckpt_path` out to start anew"
-        )
-    return max(found, key=lambda p: p.stat().st_mtime_ns)
-
-
 def _fit(trainer: pl.Trainer, module: pl.LightningModule, stream: Stream, index: int, resume: Path | None) -> None:
     """``trainer.fit`` on the current task; an interruption comes out as KeyboardInterrupt."""
     on_interrupt = signal.getsignal(signal.SIGINT)
@@ -260,18 +226,6 @@ def _fit(trainer: pl.Trainer, module: pl.LightningModule, stream: Stream, index:
     _same_buffers(trainer, module)
     if trainer.interrupted:
         raise KeyboardInterrupt(f"training was stopped in task {index}; finished tasks are recorded")
-
-
-def _load_own_weights(module: nn.Module, saved: dict[str, Tensor]) -> None:
-    """Put back what the user built before the plugins grow: they may compute starting weights or cached features there.
-
-    ``fit`` loads all of it once more, strictly, when the structure of the task is complete.
-    """
-    with torch.no_grad():
-        for name, value in module.state_dict().items():
-            known = None if name.startswith("plugins.") else saved.get(name)
-            if isinstance(known, Tensor) and known.shape == value.shape:
-                value.copy_(known)
 
 
 def _same_buffers(trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -347,9 +301,9 @@ def fit_stream(
         restore_result(result, saved)
         between = checkpoint if KIND in checkpoint else None
         if between is None:
-            _load_own_weights(module, checkpoint["state_dict"])
+            load_own_weights(module, checkpoint["state_dict"])
         del checkpoint
-    plugins, savers = plugins_of(trainer), _checkpoints(trainer)
+    plugins, savers = plugins_of(trainer), savers_of(trainer)
     with ExitStack() as stack:
         for saver in savers:
             stack.enter_context(saver.watch())

@@ -262,22 +262,3 @@ def between_tasks(trainer: pl.Trainer, module: pl.LightningModule, stream: Strea
         callback.on_save_checkpoint(trainer, module, checkpoint)
     module.on_save_checkpoint(checkpoint)
     return checkpoint
-
-
-def restore_between(
-    trainer: pl.Trainer, module: pl.LightningModule, stream: Stream, checkpoint: dict[str, Any], plugins: list[Any]
-) -> None:
-    """Put weights, callbacks and counters back, as they were when task ``checkpoint`` names was about to start."""
-    for plugin in plugins:
-        plugin.install(module)
-    module.on_load_checkpoint(checkpoint)
-    module.load_state_dict(checkpoint["state_dict"])
-    if type(stream).__qualname__ in checkpoint:
-        stateful: Any = stream  # between_tasks found a `state_dict`, which the protocol does not ask for
-        stateful.load_state_dict(checkpoint[type(stream).__qualname__])
-    for callback in callbacks_of(trainer):
-        callback.on_load_checkpoint(trainer, module, checkpoint)
-        if callback.state_key in checkpoint["callbacks"]:
-            callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
-    trainer.fit_loop.load_state_dict(checkpoint["loops"]["fit_loop"])
-    trainer.fit_loop.restarting = False  # the next task starts at its beginning

@@ -6,13 +6,14 @@ import json
 
 import pytest
 
-from cl_plugins.benchmark import finished_result, run_benchmark, summary_table
+from cl_plugins.benchmark import finished_result, run_benchmark
 from cl_plugins.callbacks import ContinualEvaluation, ForgettingDashboard, StreamCheckpoint
 from cl_plugins.cli import main
 from cl_plugins.inside_tasks import InsideRow, InsideTasks
 from cl_plugins.plugin import ContinualCallback
 from cl_plugins.runs import RunWriter, read_run
 from cl_plugins.scenarios import build_scenario
+from cl_plugins.summary import summary_table
 
 from ._helpers import PlainModule, quiet_trainer, tiny_stream
 

@@ -18,7 +18,7 @@ from sklearn.metrics import average_precision_score, precision_score, recall_sco
 from torch import nn
 from torchmetrics.functional.classification import multilabel_average_precision, multilabel_f1_score
 
-from cl_plugins.benchmark import run_benchmark, summary_table
+from cl_plugins.benchmark import run_benchmark
 from cl_plugins.compare import table_rows
 from cl_plugins.comparison import MEASURES
 from cl_plugins.evaluation import evaluate_tasks
@@ -30,6 +30,7 @@ from cl_plugins.result import StreamResult
 from cl_plugins.runs import RunWriter, read_run
 from cl_plugins.scenarios import MultiLabel
 from cl_plugins.stream_state import rows_from_state, rows_to_state
+from cl_plugins.summary import summary_table
 from cl_plugins.task import Task
 from tests._helpers import leave_processes
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from cl_plugins import fit_stream
-from cl_plugins.benchmark import build_callbacks, run_benchmark, summary_table
+from cl_plugins.benchmark import build_callbacks, run_benchmark
 from cl_plugins.clip_glyph import HELD_OUT
 from cl_plugins.compare import table_rows
 from cl_plugins.plugin import Row
@@ -19,6 +19,7 @@ from cl_plugins.result import StreamResult
 from cl_plugins.scenarios import build_scenario, scenario_info
 from cl_plugins.scenarios.glyph_blocks import BLOCKS, block_characters
 from cl_plugins.scenarios.glyphs import glyph_name, pretraining_classes, stream_classes
+from cl_plugins.summary import summary_table
 from cl_plugins.task import Task
 from cl_plugins.vision_language import TextClassifier
 from cl_plugins.workloads import build_module, unfit

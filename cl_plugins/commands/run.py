@@ -46,7 +46,8 @@ def parser() -> ArgumentParser:
 
 def execute(arguments: Any) -> int:
     """Run the command; returns the exit status."""
-    from cl_plugins.benchmark import run_benchmark, summary_table
+    from cl_plugins.benchmark import run_benchmark
+    from cl_plugins.summary import summary_table
 
     options, data = pairs(arguments.set, "--set"), pairs(arguments.data, "--data")
     folder = Path(arguments.out or Path("runs") / f"{arguments.method}_{arguments.scenario}_seed{arguments.seed}")
