@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -11,6 +12,7 @@ from torch import nn
 
 from cl_plugins.backbones import find_backbone
 from cl_plugins.cached_stream import CachedStream
+from cl_plugins.evaluation import split_batch
 from cl_plugins.feature_cache import FeatureCache
 from cl_plugins.heads import find_head
 from cl_plugins.plugin import ContinualCallback, Row, plugins_of
@@ -33,17 +35,18 @@ class CacheFeatures(ContinualCallback):
     evaluations of earlier tasks, never run the backbone.
 
     ``[OVOR(), CacheFeatures()]``: a task's first epochs train a prompt inside the backbone and read images, its head
-    epochs read the features of the finished prompt. These are stored without new augmentation for each head epoch, but
-    for ``views``.
+    epochs read the features of the finished prompt, with the augmentation of one epoch, or of ``views``.
 
     WHEN: replaces the stream's loaders at the start of the stream by ones that give row ids, and fills a split when it
-    is first asked for; sets the loaders back at the end. The module must hand its input to the backbone as it is.
+    is first asked for; sets the loaders back at the end. The module must hand its input to the backbone as it is. What
+    stands between backbone and classifier is part of the feature: dropout there is off.
 
     With several processes the first one fills a ``folder`` while the others wait; without a folder each keeps a cache
     of its own with all samples. The process group's timeout must be above the time of filling.
 
     Args:
-        folder: keeps entries for later runs; None keeps them for this one.
+        folder: keeps entries for later runs; None keeps them for this one. Beside :class:`OVOR` nothing is written
+            there: its features are those of one task and run.
         byte_budget: bytes held in memory; entries beyond it are memory-mapped.
         dtype: of stored values: "float16" or "bfloat16" halve the size, None stores what was computed.
         views: augmentation seeds per training sample; epoch ``e`` sees view ``e mod views``.
@@ -54,7 +57,7 @@ class CacheFeatures(ContinualCallback):
 
     Raises:
         ValueError: for faulty numbers, or when ``folder`` holds entries of other weights or another transform.
-        RuntimeError: when something in front of the classifier still trains.
+        RuntimeError: when something in front of the classifier still trains, or the module changes or mixes its inputs.
 
     Example:
         >>> CacheFeatures(byte_budget=1 << 30, dtype="float16").cache.dtype
@@ -87,6 +90,8 @@ class CacheFeatures(ContinualCallback):
         self.backbone, self.head = backbone, head
         self._source: CachedStream | None = None
         self._phased: ContinualCallback | None = None
+        self._whole = True
+        self._convert: Callable[[], object] | None = None
         self._begun = False
 
     def conflict(self, other: ContinualCallback, module: nn.Module) -> str | None:
@@ -118,9 +123,15 @@ class CacheFeatures(ContinualCallback):
     def on_stream_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stream: Stream) -> None:
         """Put the cache in front of the stream's loaders."""
         self._restore()
-        self._source = self.open(pl_module, stream, context=trainer.precision_plugin.forward_context)
-        self._begun = False
         self._phased = next((p for p in plugins_of(trainer) if p.in_head_phase is not None), None)
+        cache = self.cache
+        if self._phased is not None:
+            cache = FeatureCache(byte_budget=cache.byte_budget, dtype=cache.dtype, progress=cache.progress)
+        context = trainer.precision_plugin.forward_context
+        self._source = CachedStream(pl_module, *self._find(pl_module), stream, cache, views=self.views, context=context)
+        self._begun = False
+        self._convert = partial(trainer.precision_plugin.convert_module, pl_module)
+        self._whole = not getattr(trainer, "overfit_batches", 0)  # Lightning rebuilds the loader there
         for name in _METHODS:
             setattr(stream, name, partial(self._loader, name))
 
@@ -131,17 +142,36 @@ class CacheFeatures(ContinualCallback):
         """
         assert self._source is not None
         phased = self._phased
-        if phased is not None and name == "train_dataloader":
+        if phased is not None and name == "train_dataloader" and self._whole:
             return self._source.phased_train_dataloader(lambda: bool(phased.in_head_phase))
         if phased is not None:
             return self._source.images(name, *args)
-        self._begun |= name != "test_loader"
+        if name != "test_loader" and not self._begun:
+            self._begun = True
+            assert self._convert is not None
+            self._convert()  # as `fit` will, so that what a plugin reads before it has the same digest
         return getattr(self._source, name)(*args) if self._begun else self._source.images(name, *args)
 
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
         """Answer from the cache from now on."""
         super().on_task_start(trainer, pl_module, task)
         self._begun = True
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look at the first batch of rows; where images come first, ask the module for rows before they do."""
+        super().on_train_start(trainer, pl_module)
+        if self._source is not None:
+            self._source.asked = []
+            if self._phased is not None and self._whole:
+                self._source.probe()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Raise when a fit's first batch of rows was read in another order than its labels'."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._source is not None and self._source.asked:
+            self._source.check_order(split_batch(batch)[0])
 
     def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
         """Bring the module to the device on which the evaluation fills its splits."""
@@ -150,22 +180,23 @@ class CacheFeatures(ContinualCallback):
 
     def on_row(self, trainer: pl.Trainer, pl_module: pl.LightningModule, row: Row) -> None:
         """Release the finished task's training data."""
-        if self._source is not None and row.after >= 0 and not self.keep_training_data:
+        kept = self.keep_training_data and self._phased is None
+        if self._source is not None and row.after >= 0 and not kept:
             for split in (f"train-{row.after}", f"features-{row.after}"):
                 self._source.forget(split)
 
     def on_stream_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, result: StreamResult) -> None:
         """Give the stream its own loaders back and free the memory."""
         self._restore()
-        self.cache.close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Give the stream its own loaders back."""
         self._restore()
 
     def _restore(self) -> None:
-        source, self._source = self._source, None
+        source, self._source, self._phased, self._convert = self._source, None, None, None
         if source is not None:
             for name in _METHODS:
                 vars(source.stream).pop(name, None)
             source.taps.reader = None
+            source.cache.close()

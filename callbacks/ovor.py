@@ -114,6 +114,7 @@ class OVOR(OnePrompt):
     def start_task(self, module: nn.Module, task: Task) -> None:
         """Show the task's classes and forget the features of the task before."""
         super().start_task(module, task)
+        self._history.pop(task.index, None)  # of an earlier run
         self._set_mode(module, False)
         self._forget(module)
 
@@ -191,6 +192,8 @@ class OVOR(OnePrompt):
         """Go on with a head epoch that a checkpoint interrupted."""
         super().on_train_start(trainer, pl_module)
         self._set_mode(pl_module, trainer.current_epoch >= self._first_head_epoch)
+        if not self.refresh_features and self._task is not None and self._task.index in self._history:
+            trainer.should_stop = True  # saved behind the one head epoch, before training ended
         if self._saved:  # inside an epoch the loader refuses another number of processes
             self._features, self._labels = ([part] for part in self._saved[trainer.global_rank])
             self._saved = []

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import is_dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -37,6 +39,34 @@ def in_order(images: DataLoader[Any], view: int, limit: int | None = None) -> Da
 
 def _collated(dataset: Any, samples: Any) -> Any:
     return dataset.collate(samples)
+
+
+def same_samples(a: DataLoader[Any], b: DataLoader[Any]) -> bool:
+    """Whether two loaders read the same data through the same transform; told by what they hold, not by samples.
+
+    A few samples would not do: an augmentation that is drawn for one image in ten leaves them as they are.
+    """
+    if not (isinstance(a, DataLoader) and isinstance(b, DataLoader)):
+        return False
+    return _same(a.collate_fn, b.collate_fn) and (
+        a.dataset is b.dataset or (type(a.dataset) is type(b.dataset) and _same(vars(a.dataset), vars(b.dataset)))
+    )
+
+
+def _same(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    if isinstance(a, tuple | list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, np.ndarray):
+        return bool(np.array_equal(a, b))
+    if is_dataclass(a):
+        return _same(vars(a), vars(b))
+    return isinstance(a, int | float | str) and a == b
 
 
 def fingerprint(images: DataLoader[Any], view: int) -> str:

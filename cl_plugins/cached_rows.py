@@ -79,19 +79,22 @@ class PhasedLoader:
 
     Args:
         images: its sampler counts epochs, and is that of the rows as well.
-        rows: makes the loader of rows; called once, when an epoch first asks for it.
+        rows: makes the loader of an epoch's rows.
         fixed: whether nothing in front of the classifier trains now.
 
     Raises:
         TypeError: for loaders that do not count epochs and batches: rows could not go on where the images stopped.
     """
 
-    def __init__(self, images: DataLoader[Any], rows: Callable[[], DataLoader[Any]], fixed: Callable[[], bool]) -> None:
-        if not (hasattr(images, "state_dict") and hasattr(images.sampler, "begin")):
+    def __init__(
+        self, images: DataLoader[Any], rows: Callable[[int], DataLoader[Any]], fixed: Callable[[], bool]
+    ) -> None:
+        sampler = getattr(images, "sampler", None)
+        if not (hasattr(images, "state_dict") and hasattr(sampler, "begin")):
             raise TypeError(
-                "the loader must count epochs and batches where features of single epochs are cached, got a"
-                f" {type(images).__name__} with a {type(images.sampler).__name__}; use a TaskStream of"
-                " cl_plugins.scenarios"
+                "the training loader must count epochs and batches where features of single epochs are cached, got a"
+                f" {type(images).__name__} with a {type(sampler).__name__}; use a TaskStream of cl_plugins.scenarios,"
+                " or leave CacheFeatures out of the callbacks"
             )
         self.images: Any = images
         self._rows, self._fixed = rows, fixed
@@ -102,14 +105,22 @@ class PhasedLoader:
 
     def __iter__(self) -> Iterator[Any]:
         fixed = self._fixed()
-        if fixed and self._cached is None:
-            self._cached = self._rows()
+        if fixed:
+            self._cached = self._rows(self.images.sampler.epoch)
         yield from self._cached if fixed else self.images
 
     def __getattr__(self, name: str) -> Any:
         if name in ("sampler", "batch_sampler", "batch_size", "dataset", "num_workers"):
             return getattr(self.images, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    @property
+    def _iterator(self) -> Any:  # Lightning stops the workers of a finished fit through it
+        return getattr(self.images, "_iterator", None)
+
+    @_iterator.setter
+    def _iterator(self, value: Any) -> None:
+        self.images._iterator = value
 
     def state_dict(self) -> dict[str, Any]:
         """The position of the loader that gave the last batch."""

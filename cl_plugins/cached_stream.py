@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from cl_plugins._cache_inputs import count_samples, fingerprint, in_order
+from cl_plugins._cache_inputs import count_samples, fingerprint, in_order, same_samples
 from cl_plugins.adapters.side_bank import SideBank
 from cl_plugins.attach import plugin_modules
 from cl_plugins.backbones import Backbone
@@ -74,6 +74,9 @@ class CachedStream:
         self._images = {  # the stream's own methods, also when these here replace them
             name: getattr(stream, name) for name in ("train_dataloader", "test_loader", "train_loader_for_features")
         }
+        self.asked: list[Tensor] | None = None
+        """Collects the row ids of every reading in training while it is a list."""
+        self._trained: dict[int, DataLoader[Any]] = {}
         self._entries: list[CacheEntry] = []
         self._keys: dict[str, CacheKey] = {}
         self._numbers: dict[CacheKey, int] = {}
@@ -92,15 +95,18 @@ class CachedStream:
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Training data of the current task in the stream's own order, as row ids."""
-        return self.cached(self._images["train_dataloader"](), f"train-{self.stream.task}", self.views)
+        images = self._trained[self.stream.task] = self._images["train_dataloader"]()
+        return self.cached(images, f"train-{self.stream.task}", self.views)
 
     def phased_train_dataloader(self, fixed: Callable[[], bool]) -> PhasedLoader:
-        """Training data of the current task, as row ids in those epochs in which ``fixed()`` says that features stay.
-
-        The entry has the digest of the weights in its name, since each task and each run trains them anew.
-        """
+        """Training data of the current task, as row ids in epochs in which ``fixed()`` says that features stay."""
         split, images = f"train-{self.stream.task}", self._images["train_dataloader"]()
-        return PhasedLoader(images, lambda: self.cached(images, f"{split}@{self._weights()}", self.views), fixed)
+
+        def rows(epoch: int) -> DataLoader[Any]:  # no view is computed that no epoch sees
+            number = self._entry(images, split, epoch % self.views)
+            return rows_loader(images, CachedRows([number], self._entries[number].labels))
+
+        return PhasedLoader(images, rows, fixed)
 
     def test_loader(self, index: int) -> DataLoader[Any]:
         """Test data of task ``index``, as row ids."""
@@ -109,14 +115,13 @@ class CachedStream:
     def train_loader_for_features(self, index: int) -> DataLoader[Any]:
         """Training data of task ``index`` in a fixed order without augmentation, as row ids."""
         images = self._images["train_loader_for_features"](index)
-        held, transform = self._keys.get(f"train-{index}-v0"), fingerprint(images, 0)
-        if held is None and index == self.stream.task:
-            same = fingerprint(self._images["train_dataloader"](), 0) == transform  # no augmentation: one pass for both
-            if same:
-                self.train_dataloader()  # in its batches, as where training asks first
-        else:
-            same = held is not None and held.transform == transform
-        return self.cached(images, f"train-{index}" if same else f"features-{index}")
+        trained = self._trained.get(index)
+        if trained is None and index == self.stream.task:
+            trained = self._images["train_dataloader"]()
+        if trained is None or not same_samples(trained, images):
+            return self.cached(images, f"features-{index}")
+        self._entry(trained, f"train-{index}", 0)  # in its batches, whoever asks first
+        return self.cached(images, f"train-{index}")
 
     def cached(self, images: DataLoader[Any], split: str, views: int = 1) -> DataLoader[Any]:
         """The rows of a loader of images, in the same order and batches; fills what is missing.
@@ -138,6 +143,8 @@ class CachedStream:
 
     def read(self, ids: Tensor) -> tuple[TapRecord, Tensor]:
         """Taps and features of row ids ``(batch,)``, on the ids' device."""
+        if self.asked is not None and self.module.training:
+            self.asked.append(ids)
         arrays = read_rows(self._entries, ids)
         taps = {int(name[4:]): value for name, value in arrays.items() if name.startswith("tap.")}
         for name, depth in self._depths():
@@ -145,17 +152,66 @@ class CachedStream:
                 depth.replay([arrays[f"{name}.{i}"] for i in range(len(depth.blocks))])
         return TapRecord(taps, arrays.get("image")), arrays["feature"]
 
-    def forget(self, split: str) -> None:
-        """Release a split: its memory, and its files unless the cache has a folder to keep.
+    def probe(self) -> None:
+        """Raise when the module does not hand row ids on to its backbone, before epochs are spent on images.
 
-        Files of weights that the run itself trained go in any case: nothing will compute the same features again.
+        Raises:
+            RuntimeError: saying what to change.
         """
-        for name in [n for n, k in self._keys.items() if k.split.split("@")[0] == split]:
+        weight, reader = next(self.head.parameters()), self.taps.reader
+        ids, seen = torch.arange(2, device=weight.device), list[Tensor]()
+
+        def answer(given: Tensor) -> tuple[TapRecord, Tensor]:
+            seen.append(given)
+            return TapRecord(), weight.new_zeros(len(given), weight.shape[1])
+
+        self.taps.reader = answer
+        failure: Exception | None = None
+        try:
+            with evaluating(self.module), self.context():
+                feature(self.module, self.head, ids)
+        except Exception as error:  # whatever the user's own code makes of row ids
+            failure = error
+        finally:
+            self.taps.reader = reader
+        if failure is not None or not (len(seen) == 1 and torch.equal(seen[0], ids)):
+            raise RuntimeError(
+                f"`{type(self.module).__name__}.forward` must hand its input to the backbone once and as it is, since a"
+                f" cache gives row ids in place of images, got {failure or seen!r}; put what changes images into the"
+                " stream's transforms, or leave CacheFeatures out of the callbacks"
+            ) from failure
+
+    def check_order(self, ids: Tensor) -> None:
+        """Raise when the backbone was asked for other rows than those of a batch, in whose order its labels are.
+
+        Args:
+            ids: of the batch; :attr:`asked` has what was read meanwhile.
+
+        Raises:
+            RuntimeError: saying what to change.
+        """
+        asked, self.asked = self.asked, None
+        if not asked or not len(ids):
+            return
+        together = torch.cat(asked)
+        times, rest = divmod(len(together), len(ids))
+        if rest or not torch.equal(together, ids.repeat(times)):
+            raise RuntimeError(
+                "the training step must give its batch to the backbone in the batch's order, got rows of other samples"
+                " than the labels': what mixes, flips or shuffles inputs does so to row ids of a cache as well; put it"
+                " into the stream's transforms, or leave CacheFeatures out of the callbacks"
+            )
+
+    def forget(self, split: str) -> None:
+        """Release a split: its memory, and its files unless the cache has a folder to keep."""
+        for task in [t for t in self._trained if split == f"train-{t}"]:
+            del self._trained[task]
+        for name in [n for n, k in self._keys.items() if k.split == split]:
             key = self._keys.pop(name)
             number = self._numbers.pop(key, None)
             if number is not None:
                 self._entries[number] = CacheEntry({}, {}, torch.zeros(0, dtype=torch.int64), True)
-            (self._drop if "@" in key.split else self.cache.release)(key)
+            self.cache.release(key)
 
     # filling
 
@@ -182,12 +238,8 @@ class CachedStream:
         if held is None or held.arrays == key.arrays or replace(held, arrays=key.arrays) != key:
             return
         self._entries[self._numbers.pop(held)] = CacheEntry({}, {}, torch.zeros(0, dtype=torch.int64), True)
-        self._drop(held)
-
-    def _drop(self, key: CacheKey) -> None:
-        """Delete an entry; of a folder that all processes share, the first one deletes it."""
         first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
-        (self.cache.drop if first or self.cache.folder is None else self.cache.release)(key)
+        (self.cache.drop if first or self.cache.folder is None else self.cache.release)(held)
 
     def _open_or_fill(self, key: CacheKey, images: DataLoader[Any], view: int) -> CacheEntry:
         """The entry of a key. A folder is filled by the first process while the others wait."""
@@ -216,7 +268,7 @@ class CachedStream:
         entry = self.cache.open(key)
         if entry is None:
             batches = self._compute(in_order(images, view))
-            entry = self.cache.fill(key, batches, count_samples(images), label=f"caching {key.split.split('@')[0]}")
+            entry = self.cache.fill(key, batches, count_samples(images))
         return entry
 
     def _arrays(self) -> tuple[str, ...]:

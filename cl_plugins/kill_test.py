@@ -142,9 +142,9 @@ def _settings(method: str) -> dict[str, Any]:
 
 
 def _caches(method: str) -> bool:
-    return any(
-        entry["class"] == "CacheFeatures" for entry in load_recipe(method, _settings(method)["scenario"]).callbacks
-    )
+    """Whether a method writes features into files; those of OVOR's head epochs stay in memory."""
+    classes = {entry["class"] for entry in load_recipe(method, _settings(method)["scenario"]).callbacks}
+    return "CacheFeatures" in classes and "OVOR" not in classes
 
 
 def _start(method: str, folder: Path, moment: str | None = None, count: int = 1) -> int:

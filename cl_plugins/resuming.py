@@ -60,7 +60,7 @@ def load_own_weights(module: nn.Module, saved: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, value in module.state_dict().items():
             known = None if name.startswith("plugins.") else saved.get(name)
-            if isinstance(known, Tensor) and known.shape == value.shape:
+            if isinstance(known, Tensor) and isinstance(value, Tensor) and known.shape == value.shape:
                 value.copy_(known)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from cl_plugins import Task, fit_stream
+from cl_plugins._cache_inputs import same_samples
 from cl_plugins.cached_rows import CachedRows, uncached
 from cl_plugins.cached_stream import CachedStream
 from cl_plugins.callbacks import (
@@ -89,6 +90,54 @@ def test_starting_weights_routing_and_training_share_one_pass():
         fisher, samples = 3 * 4, 6 * 16 + 6 * 5
         passes = samples if transform is None else samples + 6 * 16  # augmented images are others
         assert passes <= module.images - fisher <= passes + 2 * 3 * 8
+
+
+def test_rare_augmentation_is_augmentation():
+    def rare(x):
+        return x.flip(-1) * 3 if torch.rand(()) < 0.05 else x
+
+    ends = [run(NearestMean(), *cache, train_transform=rare)[0] for cache in ([], [CacheFeatures(progress=False)])]
+    for name, value in ends[0].state_dict().items():
+        torch.testing.assert_close(ends[1].state_dict()[name], value, rtol=1e-6, atol=1e-6)
+
+
+def test_a_computed_classifier_reads_one_view():
+    images = [run(NearestMean(), CacheFeatures(views=v, progress=False))[0].images for v in (1, 4)]
+    assert images[0] == images[1]
+
+
+def test_training_data_that_nobody_asks_for_need_no_items():
+    class Endless(IterableDataset):
+        def __iter__(self):
+            yield torch.zeros(3, 8, 8), 0
+
+    stream, results = tiny_stream(), []
+    stream.train_dataloader = lambda: DataLoader(Endless())
+    for cache in ([], [CacheFeatures(progress=False)]):
+        trainer = quiet_trainer(callbacks=[NearestMean(), *cache])
+        results.append(fit_stream(trainer, PlainModule(tiny_vit(depth=4)), stream).correct.tolist())
+    assert results[0] == results[1]
+
+
+def test_same_samples_are_told_by_what_loaders_hold():
+    class Shifted(TensorDataset):
+        shift = 0
+
+    plain, turned = tiny_stream(), tiny_stream(train_transform=lambda x: x.flip(-1))
+    assert same_samples(plain.train_dataloader(), plain.train_loader_for_features(0))
+    assert not same_samples(plain.train_dataloader(), plain.train_loader_for_features(1))
+    assert not same_samples(plain.train_dataloader(), plain.test_loader(0))
+    assert not same_samples(turned.train_dataloader(), turned.train_loader_for_features(0))
+    x = torch.zeros(4, 2)
+    a, b = Shifted(x), Shifted(x)
+    assert same_samples(DataLoader(a), DataLoader(a, batch_size=2))
+    assert same_samples(DataLoader(a), DataLoader(b))
+    assert not same_samples(DataLoader(a), DataLoader(Shifted(x.clone())))
+    assert not same_samples(DataLoader(a), DataLoader(TensorDataset(x)))
+    assert not same_samples(DataLoader(a), DataLoader(a, collate_fn=list))
+    b.shift = 1
+    assert not same_samples(DataLoader(a), DataLoader(b))
+    assert not same_samples([DataLoader(a)], DataLoader(a))
 
 
 def test_a_second_run_reads_the_folder(tmp_path):

@@ -179,6 +179,42 @@ def test_resume_inside_a_head_epoch_is_exact(tmp_path: Path, step: int) -> None:
     assert first.report_events(whole) == second.report_events(resumed)
 
 
+def test_features_once_and_a_resume_behind_their_epoch(tmp_path: Path) -> None:
+    """A checkpoint of the epoch that made all passes: training was over, though nobody had said so yet."""
+
+    class Stop(pl.Callback):
+        def on_train_end(self, trainer, pl_module):
+            raise RuntimeError("power failure")
+
+    def run(callbacks, ckpt_path=None):
+        pl.seed_everything(5, verbose=False)
+        module, method = PlainModule(), ovor(head_epochs=3, refresh_features=False)
+        save = ModelCheckpoint(tmp_path, save_last=True, save_on_train_epoch_end=True)
+        trainer = quiet_trainer(max_epochs=5, callbacks=[method, save, *callbacks], enable_checkpointing=True)
+        return module, method, fit_stream(trainer, module, tiny_stream(n_tasks=2), ckpt_path)
+
+    whole, first, expected = run([])
+    for path in tmp_path.glob("*.ckpt"):
+        path.unlink()
+    with pytest.raises(RuntimeError, match="power failure"):
+        run([Stop()])
+    resumed, second, result = run([], "last")
+    assert torch.equal(result.correct, expected.correct)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    assert first.report_events(whole) == second.report_events(resumed)
+
+
+def test_a_callback_reports_its_last_run_alone() -> None:
+    method = ovor()
+    reports = []
+    for _ in range(2):
+        module = PlainModule()
+        fit_stream(quiet_trainer(max_epochs=2, callbacks=[method]), module, tiny_stream())
+        reports.append([e["x"] for e in method.report_events(module)])
+    assert reports[0] == reports[1]
+
+
 def test_one_forward_pass_per_image() -> None:
     vit, method = tiny_vit(), OnePrompt(LENGTHS)
     method.install(vit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,8 +15,15 @@ from torch.utils.data import DataLoader
 
 from cl_plugins import fit_stream
 from cl_plugins.cached_rows import PhasedLoader, uncached
-from cl_plugins.callbacks import OVOR, BalancedEMA, CacheFeatures, ContinualEvaluation, NearestMean, RanPAC
-from cl_plugins.feature_cache import FeatureCache
+from cl_plugins.callbacks import (
+    OVOR,
+    BalancedEMA,
+    CacheFeatures,
+    ContinualEvaluation,
+    FrozenBackbone,
+    NearestMean,
+    RanPAC,
+)
 from tests._helpers import PlainModule, StopAt, quiet_trainer, run_script, tiny_stream, tiny_vit
 
 SMALL = {"neighbors": 5, "n_boundary": 6, "draws": 30, "per_class": 10, "batch_size": 8}
@@ -43,13 +51,14 @@ class Counting(PlainModule):
         self.prompts.append(torch.cat([p.detach().flatten() for p in self.plugins["one_prompt"].parameters()]))
 
 
-def run(*extra, method=None, module=None, ckpt_path=None, saving=(), stream=None, method_first=False):
+def run(*extra, method=None, module=None, ckpt_path=None, saving=(), stream=None, method_first=False, trainer=None):
     pl.seed_everything(5, verbose=False)
     module = module or Counting()
     method = method or ovor()
     stream = stream or tiny_stream()
     callbacks = [method, *extra, *saving] if method_first else [*extra, method, *saving]
-    trainer = quiet_trainer(max_epochs=EPOCHS, callbacks=callbacks, enable_checkpointing=bool(saving))
+    options = {"max_epochs": EPOCHS, "enable_checkpointing": bool(saving), **(trainer or {})}
+    trainer = quiet_trainer(callbacks=callbacks, **options)
     return module, method, fit_stream(trainer, module, stream, ckpt_path), stream
 
 
@@ -59,11 +68,11 @@ def same(module, other, atol=1e-5) -> None:
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("folder", [False, True])
+@pytest.mark.parametrize("budget", [0, 1 << 30])
 @pytest.mark.parametrize("method_first", [False, True])
-def test_cached_head_epochs_equal_those_on_images(tmp_path: Path, folder: bool, method_first: bool) -> None:
+def test_cached_head_epochs_equal_those_on_images(tmp_path: Path, budget: int, method_first: bool) -> None:
     plain, expected_method, expected, _ = run()
-    cache = CacheFeatures(tmp_path if folder else None, progress=False)
+    cache = CacheFeatures(tmp_path, byte_budget=budget, keep_training_data=True, progress=False)
     module, method, result, stream = run(cache, method_first=method_first)
     assert result.correct.tolist() == expected.correct.tolist()
     same(module, plain)
@@ -77,7 +86,7 @@ def test_cached_head_epochs_equal_those_on_images(tmp_path: Path, folder: bool, 
         assert changes == [True] * (EPOCHS - HEAD_EPOCHS - 1) + [False] * HEAD_EPOCHS
     assert "train_dataloader" not in vars(stream)
     assert module.plugins["taps"].reader is None
-    assert list(tmp_path.iterdir()) == []  # nothing will read features of these prompts again
+    assert list(tmp_path.iterdir()) == []  # the features are those of one task and run
 
 
 def test_without_the_stream_runner_the_prompt_trains_all_the_same() -> None:
@@ -91,40 +100,34 @@ def test_without_the_stream_runner_the_prompt_trains_all_the_same() -> None:
     assert torch.equal(modules[0].prompts[-1], modules[1].prompts[-1])
 
 
-@pytest.mark.parametrize("folder", [False, True])
+@pytest.mark.parametrize("budget", [0, 1 << 30])
 @pytest.mark.parametrize("step", [6, 9, 14, 18, STEPS + 13])
-def test_resume_is_exact_in_every_phase(tmp_path: Path, step: int, folder: bool) -> None:
+def test_resume_is_exact_in_every_phase(tmp_path: Path, step: int, budget: int) -> None:
     """Steps 6: prompt; 9: the first head epoch, whose features are being collected; 14 and 18: the next ones."""
 
-    def go(name, callbacks, ckpt_path=None, seed=0):
-        cache = CacheFeatures(tmp_path / name if folder else None, progress=False)
-        save = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=1, save_top_k=1, save_last=True)
+    def go(callbacks, ckpt_path=None, seed=0):
+        cache = CacheFeatures(byte_budget=budget, progress=False)
+        save = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=1, save_last=True)
         return run(cache, saving=[*callbacks, save], ckpt_path=ckpt_path, module=Counting(seed))
 
-    whole, first, expected, _ = go("whole", [])
-    for path in (tmp_path / "saved").glob("*.ckpt"):
+    whole, first, expected, _ = go([])
+    for path in tmp_path.glob("*.ckpt"):
         path.unlink()
     with pytest.raises(RuntimeError, match="power failure"):
-        go("cache", [StopAt(step)])
-    head_epoch = step % STEPS > 4 * (EPOCHS - HEAD_EPOCHS)
-    assert len(list((tmp_path / "cache").glob("*.json"))) == (head_epoch and folder)
-    resumed, second, result, _ = go("cache", [], "last", seed=1)
+        go([StopAt(step)])
+    resumed, second, result, _ = go([], "last", seed=1)
     assert torch.equal(result.correct, expected.correct)
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
     assert first.report_events(whole) == second.report_events(resumed)
-    if folder:
-        assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_runs_of_other_seeds_share_a_folder(tmp_path: Path) -> None:
+def test_a_callback_serves_a_second_run_after_one_that_failed() -> None:
+    cache = CacheFeatures(progress=False)
     with pytest.raises(RuntimeError, match="power failure"):
-        run(CacheFeatures(tmp_path, progress=False), saving=[StopAt(STEPS - 1)])
-    left = sorted(p.name for p in tmp_path.iterdir())
-    assert len(left) == 2
-    other = run(CacheFeatures(tmp_path, progress=False), method=ovor(seed=1))[0]  # another prompt
+        run(cache, saving=[StopAt(STEPS - 1)])
+    other = run(cache, method=ovor(seed=1))[0]  # another prompt
     same(other, run(method=ovor(seed=1))[0])
-    assert sorted(p.name for p in tmp_path.iterdir()) == left
 
 
 def test_an_entry_of_the_same_weights_and_other_images_is_refused(tmp_path: Path) -> None:
@@ -146,10 +149,14 @@ def test_views_are_augmentation_seeds_of_the_head_epochs() -> None:
         return x + torch.randn(x.shape)
 
     images = {}
-    for views in (1, HEAD_EPOCHS):
+    for views in (1, 2, HEAD_EPOCHS, 10):
         module, *_ = run(CacheFeatures(views=views, progress=False), stream=tiny_stream(train_transform=noisy))
         images[views] = module.images
-    assert images[HEAD_EPOCHS] - images[1] == 3 * 32 * (HEAD_EPOCHS - 1)
+    assert images[2] - images[1] == 3 * 32
+    assert images[10] == images[HEAD_EPOCHS] == images[1] + 3 * 32 * (HEAD_EPOCHS - 1)  # what no epoch sees is free
+    plain, *_ = run(stream=tiny_stream(train_transform=noisy))
+    module, *_ = run(CacheFeatures(views=EPOCHS, progress=False), stream=tiny_stream(train_transform=noisy))
+    same(module, plain)
 
 
 def test_others_beside_it_read_images() -> None:
@@ -204,13 +211,77 @@ def test_features_that_are_collected_once_are_computed_once() -> None:
 def test_loaders_that_do_not_count_are_refused() -> None:
     plain = DataLoader(tiny_stream().train_dataloader().dataset, batch_size=4)
     with pytest.raises(TypeError, match=r"must count epochs and batches .* got a DataLoader with a SequentialSampler"):
-        PhasedLoader(plain, lambda: plain, lambda: True)
+        PhasedLoader(plain, lambda epoch: plain, lambda: True)
+    with pytest.raises(TypeError, match=r"got a list with a NoneType; .* or leave CacheFeatures out"):
+        PhasedLoader([plain], lambda epoch: plain, lambda: True)
+
+
+def test_overfitting_batches_reads_images() -> None:
+    ends = [run(*cache, trainer={"overfit_batches": 2})[0] for cache in ([], [CacheFeatures(progress=False)])]
+    same(ends[1], ends[0])
+
+
+def test_workers_end_with_the_fit() -> None:
+    import multiprocessing
+
+    class Watch(pl.Callback):
+        alive, ended = 0, None
+
+        def on_train_batch_end(self, *_):
+            self.alive = max(self.alive, len(multiprocessing.active_children()))
+
+        def on_fit_end(self, *_):
+            self.ended = len(multiprocessing.active_children())
+
+    watch, stream = Watch(), tiny_stream(n_tasks=2, num_workers=1)
+    run(CacheFeatures(progress=False), watch, stream=stream)
+    assert watch.alive == 1
+    assert not multiprocessing.active_children()
+
+
+class Normalizing(Counting):
+    def forward(self, x):
+        return self.model((x - x.mean((1, 2, 3), keepdim=True)) / 2)
+
+
+class Turning(Counting):
+    def forward(self, x):
+        return self.model(x.flip(0))
+
+
+class Mixing(Counting):
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return cross_entropy(self(x.flip(0)), y)
+
+
+@pytest.mark.parametrize(
+    ("kind", "match"),
+    [
+        (
+            Normalizing,
+            r"`Normalizing.forward` must hand its input to the backbone once and as it is, .* got NotImpl",
+        ),
+        (Turning, r"`Turning.forward` must hand its input .* got \[tensor\(\[1, 0\]\)\]; put what changes images"),
+    ],
+)
+def test_a_module_that_changes_its_input_is_told_before_anything_trains(kind, match) -> None:
+    module = kind()
+    with pytest.raises(RuntimeError, match=match):
+        run(CacheFeatures(progress=False), module=module)
+    assert module.prompts == []
+
+
+@pytest.mark.parametrize("method", [None, FrozenBackbone])
+def test_a_step_that_mixes_its_batch_is_told_at_the_first_rows(method) -> None:
+    with pytest.raises(RuntimeError, match="must give its batch to the backbone in the batch's order"):
+        run(CacheFeatures(progress=False), module=Mixing(), method=method and method())
 
 
 def test_an_epoch_decides_at_its_first_batch() -> None:
     images, head = tiny_stream().train_dataloader(), []
     rows = tiny_stream().train_loader_for_features(0)
-    loader = PhasedLoader(images, lambda: rows, lambda: bool(head))
+    loader = PhasedLoader(images, lambda epoch: rows, lambda: bool(head))
     assert len(loader) == len(images)
     assert loader.sampler is images.sampler
     assert uncached(loader) is images
@@ -229,10 +300,10 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(EntryFile, "write", full)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(OSError, match="No space left"):
-        run(CacheFeatures(tmp_path, progress=False))
+        run(CacheFeatures(byte_budget=0, progress=False))
     assert list(tmp_path.iterdir()) == []
-    assert FeatureCache(tmp_path).folder == tmp_path
 
 
 SCRIPT = """
@@ -250,13 +321,10 @@ class Plain(PlainModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-cache, processes, out = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+processes, out = int(sys.argv[1]), Path(sys.argv[2])
 settings = {"neighbors": 5, "n_boundary": 6, "draws": 30, "per_class": 10, "batch_size": 8}
 strategy = DDPStrategy(process_group_backend="gloo", find_unused_parameters=False) if processes == 2 else "auto"
-cached = CacheFeatures(None if cache == "memory" else out / "cache", progress=False)
-filled, fill = [], cached.cache.fill
-cached.cache.fill = lambda key, *args, **kwargs: filled.append(key.name) or fill(key, *args, **kwargs)
-callbacks = [OVOR(settings, lengths={0: 4, 1: 6}, head_epochs=2), cached]
+callbacks = [OVOR(settings, lengths={0: 4, 1: 6}, head_epochs=2), CacheFeatures(out / "cache", progress=False)]
 trainer = quiet_trainer(
     max_epochs=4, callbacks=callbacks, devices=processes, strategy=strategy, precision="64-true"
 )
@@ -264,21 +332,18 @@ module = Plain(tiny_vit()).double()
 stream = tiny_stream(n_per_class=8, batch_size=8 // processes, n_tasks=2)
 result = fit_stream(trainer, module, stream, seed=1)
 state = {k: v.cpu() for k, v in module.state_dict().items()}
-torch.save({"state": state, "correct": result.correct, "filled": torch.tensor(len(filled))},
-           out / f"{processes}-rank{trainer.global_rank}.pt")
+torch.save({"state": state, "correct": result.correct}, out / f"{processes}-rank{trainer.global_rank}.pt")
 """
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize("cache", ["folder", pytest.param("memory", marks=pytest.mark.slow)])
-def test_two_processes_equal_one_with_the_same_batch(tmp_path: Path, cache: str) -> None:
+def test_two_processes_equal_one_with_the_same_batch(tmp_path: Path) -> None:
     runs = {}
     for processes in (2, 1):
-        run_script(SCRIPT, tmp_path, cache, processes, tmp_path)
+        run_script(SCRIPT, tmp_path, processes, tmp_path)
         files = [tmp_path / f"{processes}-rank{r}.pt" for r in range(processes)]
         runs[processes] = [torch.load(f, weights_only=True) for f in files]
     (alone,), (first, second) = runs[1], runs[2]
-    assert (int(first["filled"]), int(second["filled"])) == ((2, 0) if cache == "folder" else (2, 2))
     for key, value in alone["state"].items():
         assert torch.equal(first["state"][key], second["state"][key]), key
         assert torch.allclose(first["state"][key], value, rtol=1e-7, atol=1e-9), key

@@ -318,3 +318,49 @@ def test_a_long_stream_keeps_the_newest_confusions_alone_and_saves_its_rows_whol
     for n in (2, 101):
         assert rows_from_state(rows_to_state(rows(n))) == rows(n)
     assert rows_from_state(rows_to_state([])) == []
+
+
+class Remembering(PlainModule):
+    """A module whose state holds a tensor that it lacks at the start."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = None
+
+    def get_extra_state(self):
+        return self.seen
+
+    def set_extra_state(self, state):
+        self.seen = state
+
+    def training_step(self, batch, batch_idx):
+        self.seen = torch.ones(2) if self.seen is None else self.seen + 1
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_resume_has_the_users_weights_in_place_before_plugins_start(tmp_path):
+    class Look(ContinualCallback):
+        training = "neutral"
+
+        def start_task(self, module, task):
+            self.bias = module.model.head.bias.detach().clone()
+
+    def run(callbacks, ckpt_path=None):
+        torch.manual_seed(0 if ckpt_path is None else 1)
+        module = Remembering()
+        save = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=1, save_last=True)
+        trainer = quiet_trainer(callbacks=[*callbacks, save], enable_checkpointing=True)
+        fit_stream(trainer, module, tiny_stream(n_tasks=1), ckpt_path)
+        return module
+
+    whole = run([])
+    for path in tmp_path.glob("*.ckpt"):
+        path.unlink()
+    with pytest.raises(RuntimeError, match="power failure"):
+        run([StopAt(5)])
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    look = Look()
+    resumed = run([look], "last")
+    assert torch.equal(look.bias, saved["model.head.bias"])
+    assert torch.equal(resumed.seen, whole.seen)
+    assert torch.equal(resumed.model.head.bias, whole.model.head.bias)

@@ -84,6 +84,27 @@ def test_training_with_bf16_mixed_and_a_cache(name):
     assert result.average_accuracy > 0.3  # six classes; chance is 0.17
 
 
+DTYPES = {"64-true": "float64", "bf16-true": "bfloat16"}
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+def test_a_cache_is_of_the_dtype_that_fit_gives_the_module(tmp_path, precision):
+    """A plugin reads features at a task's start, before `fit` converts the module for the first time."""
+
+    ends = []
+    for _ in range(2):
+        module, seen = PlainModule(tiny_vit(depth=4)), []
+        module.model.blocks[0].register_forward_hook(lambda block, args, out, seen=seen: seen.append(len(out)))
+        callbacks = [CacheFeatures(tmp_path, progress=False)]
+        method = METHODS["lst"](regime="per_task", init="fisher", fisher_samples=4)
+        train(module, method, tiny_stream(), callbacks=callbacks, precision=precision)
+        ends.append((module.state_dict(), sum(seen)))
+    (first, filled), (second, read) = ends
+    assert {v.dtype for n, v in first.items() if "blocks" in n} == {getattr(torch, DTYPES[precision])}
+    assert read == 3 * 4 < filled  # the Fisher information alone passes the backbone in the second run
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
 def test_film_scales_and_shifts_and_begins_at_the_backbone():
     torch.manual_seed(0)
     side, record, base = AlphaSide(4, 4, "film"), TapRecord(image=images(2)), torch.randn(2, 4)
