@@ -20,6 +20,8 @@ import pytorch_lightning as pl
 import torch
 import yaml
 
+from cl_plugins._reading import read_text
+from cl_plugins._text import parse_yaml
 from cl_plugins.checkpoint_files import checkpoint_files, keep_newest, newest_intact
 from cl_plugins.drift import DriftRow
 from cl_plugins.failures import explained
@@ -83,7 +85,7 @@ def run_folder(out: str | Path | None, method: str, scenario: str, seed: int) ->
 
 def _check_same(folder: Path, config: Mapping[str, Any]) -> None:
     """Refuse to go on with other settings than the run in ``folder`` began with."""
-    theirs = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    theirs = parse_yaml(read_text(folder / "config.yaml"), repr(str(folder / "config.yaml")))
     mine = yaml.safe_load(yaml.safe_dump(dict(config)))
     if not isinstance(theirs, dict):
         raise ValueError(f"`resume` must find the settings of a run in {str(folder / 'config.yaml')!r}, got {theirs!r}")

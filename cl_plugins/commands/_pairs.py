@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-import yaml
+from cl_plugins._text import parse_yaml
 
 
-def pair(text: str) -> tuple[str, Any]:
-    """Key and value of ``KEY=VALUE``; the value is read as YAML."""
+def pair(text: Any, flag: str = "--set") -> tuple[str, Any]:
+    """Key and value of ``KEY=VALUE``; the value is read as YAML.
+
+    Raises:
+        ValueError: for anything else.
+    """
     if not isinstance(text, str):
-        raise ValueError(f"`--set` must be KEY=VALUE, got {text!r}")
+        raise ValueError(f"`{flag}` must be KEY=VALUE, got {text!r}")
     key, separator, value = text.partition("=")
     if not separator or not key:
-        raise ValueError(f"`--set` must be KEY=VALUE, got {text!r}")
-    parsed = yaml.safe_load(value)
+        raise ValueError(f"`{flag}` must be KEY=VALUE, got {text!r}")
+    parsed = parse_yaml(value, f"the value of `{flag} {key[:80]}`")
     if isinstance(parsed, str):
         try:
             parsed = float(parsed)  # YAML reads 1e-3 as text
@@ -31,7 +35,7 @@ def pairs(texts: Any, flag: str) -> dict[str, Any]:
     """
     if texts is not None and not isinstance(texts, list):
         raise ValueError(f"`{flag}` must be a list of KEY=VALUE, got {texts!r}")
-    return dict(pair(text) for text in texts or [])
+    return dict(pair(text, flag) for text in texts or [])
 
 
 def with_root(scenario: str, data: dict[str, Any]) -> dict[str, Any]:
