@@ -100,7 +100,7 @@ def test_without_the_stream_runner_the_prompt_trains_all_the_same() -> None:
     assert torch.equal(modules[0].prompts[-1], modules[1].prompts[-1])
 
 
-@pytest.mark.parametrize("budget", [0, 1 << 30])
+@pytest.mark.parametrize("budget", [pytest.param(0, marks=pytest.mark.slow), 1 << 30])
 @pytest.mark.parametrize("step", [6, 9, 14, 18, STEPS + 13])
 def test_resume_is_exact_in_every_phase(tmp_path: Path, step: int, budget: int) -> None:
     """Steps 6: prompt; 9: the first head epoch, whose features are being collected; 14 and 18: the next ones."""
@@ -337,6 +337,7 @@ torch.save({"state": state, "correct": result.correct}, out / f"{processes}-rank
 
 
 @pytest.mark.ddp
+@pytest.mark.slow
 def test_two_processes_equal_one_with_the_same_batch(tmp_path: Path) -> None:
     runs = {}
     for processes in (2, 1):
