@@ -102,7 +102,8 @@ class CachedStream:
         """Training data of the current task, as row ids in epochs in which ``fixed()`` says that features stay."""
         split, images = f"train-{self.stream.task}", self._images["train_dataloader"]()
 
-        def rows(epoch: int) -> DataLoader[Any]:  # no view is computed that no epoch sees
+        def rows(epoch: int) -> DataLoader[Any]:
+            # in each epoch anew: no view is computed that none sees, and features that change after all are refused
             number = self._entry(images, split, epoch % self.views)
             return rows_loader(images, CachedRows([number], self._entries[number].labels))
 

@@ -221,17 +221,24 @@ def test_overfitting_batches_reads_images() -> None:
     same(ends[1], ends[0])
 
 
+def test_a_head_phase_that_trains_the_prompt_after_all_is_refused() -> None:
+    class Moving(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            with torch.no_grad():
+                next(pl_module.plugins["one_prompt"].parameters()).add_(1.0)
+
+    with pytest.raises(ValueError, match="'train-0' in memory are stale: `weights`"):
+        run(CacheFeatures(progress=False), Moving())
+
+
 def test_workers_end_with_the_fit() -> None:
     import multiprocessing
 
     class Watch(pl.Callback):
-        alive, ended = 0, None
+        alive = 0
 
         def on_train_batch_end(self, *_):
             self.alive = max(self.alive, len(multiprocessing.active_children()))
-
-        def on_fit_end(self, *_):
-            self.ended = len(multiprocessing.active_children())
 
     watch, stream = Watch(), tiny_stream(n_tasks=2, num_workers=1)
     run(CacheFeatures(progress=False), watch, stream=stream)

@@ -115,7 +115,10 @@ def _prune_cases(golden):
     """Chain, weights, importance, points of the keep ratio and expected weights of each case in a file."""
     meta = golden.meta
     if "L" in meta:
-        fix = lambda d: {k.replace("patch_embed_T", "patch_embed"): v.T if "_T" in k else v for k, v in d.items()}  # noqa: E731
+
+        def fix(named):
+            return {k.replace("patch_embed_T", "patch_embed"): v.T if "_T" in k else v for k, v in named.items()}
+
         steps = 4 if meta["version"] == 5 else 1
         importance = fix(golden.under("in.imp.")) if meta["fisher"] == "True" else None
         chain = vit_chain(meta["L"])

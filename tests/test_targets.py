@@ -220,7 +220,10 @@ def test_timm_transformers(name, key, method):
             if ".norm" in n and n.endswith("weight"):
                 nn.init.ones_(p)
     size = {"vit": 8, "swin": 64, "beit": 32}.get(name, 28)
-    features = lambda m: m.forward_features(_images(size))  # noqa: E731  the classifier would be trained as well
+
+    def features(m):  # the classifier would be trained as well
+        return m.forward_features(_images(size))
+
     method.headless = True
     _responds(model, features, method, key, n_sites)
 
@@ -239,7 +242,10 @@ def test_transformer_encoder_takes_no_shortcut():
     x = torch.randn(2, 5, 16)
     padding = torch.zeros(2, 5, dtype=torch.bool)
     padding[:, -1] = True
-    call = lambda m: m(x, src_key_padding_mask=padding)[:, :-1]  # noqa: E731
+
+    def call(m):
+        return m(x, src_key_padding_mask=padding)[:, :-1]
+
     _responds(model, call, MoRA(rank=2, temperature=0.1, threshold=0.0, head=False), "mora", n_sites=8)
     model.eval()
     with torch.no_grad():
@@ -261,8 +267,7 @@ def test_hugging_face(kind):
         towers = {"text_config": text.to_dict(), "vision_config": vision.to_dict()}
         ids[:, -1] = 31
         model = hf.CLIPModel(hf.CLIPConfig(**towers, projection_dim=8))
-        call = lambda m: m(input_ids=ids, pixel_values=_images()).logits_per_image  # noqa: E731
-        n_sites = 2 * 2 * 6
+        call, n_sites = (lambda m: m(input_ids=ids, pixel_values=_images()).logits_per_image), 2 * 2 * 6
     elif kind == "llama":
         model = hf.LlamaForCausalLM(hf.LlamaConfig(**small, vocab_size=32, num_key_value_heads=1))
         call, n_sites = (lambda m: m(input_ids=ids).logits), 2 * 4
