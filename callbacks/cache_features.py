@@ -131,7 +131,7 @@ class CacheFeatures(ContinualCallback):
         self._source = CachedStream(pl_module, *self._find(pl_module), stream, cache, views=self.views, context=context)
         self._begun = False
         self._convert = partial(trainer.precision_plugin.convert_module, pl_module)
-        self._whole = not trainer.overfit_batches  # Lightning rebuilds the loader there
+        self._whole = not getattr(trainer, "overfit_batches", 0)  # Lightning rebuilds the loader there
         for name in _METHODS:
             setattr(stream, name, partial(self._loader, name))
 
