@@ -403,6 +403,7 @@ with open(f"{sys.argv[1]}/rank{trainer.global_rank}.json", "w") as file:
 
 
 @pytest.mark.ddp
+@pytest.mark.slow
 def test_two_processes_with_uneven_shares_sum_their_counts(tmp_path):
     run_script(SCRIPT, tmp_path, tmp_path)
     first, second = (json.loads((tmp_path / f"rank{r}.json").read_text()) for r in (0, 1))

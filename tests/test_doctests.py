@@ -18,7 +18,8 @@ def _modules():
 
 
 @pytest.mark.parametrize("name", list(_modules()))
-def test_examples_in_docstrings(name):
+def test_examples_in_docstrings(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a logger of an example writes its folder
     outcome = doctest.testmod(
         importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
     )

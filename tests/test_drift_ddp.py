@@ -29,6 +29,7 @@ with open(f"{sys.argv[1]}/{many}-{trainer.global_rank}.json", "w") as file:
 
 
 @pytest.mark.ddp
+@pytest.mark.slow
 def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
     for many in (1, 2):
         run_script(SCRIPT, tmp_path, tmp_path, many)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+CLI_YAML = ROOT / "examples" / "lightning_cli.yaml"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
@@ -25,14 +26,15 @@ def _run(tmp_path, *words):
     [
         ("one_callback", ["--epochs", "1"]),
         ("own_dataset", ["--epochs", "2"]),
-        ("hand_written_loop", ["--epochs", "1"]),
-        ("lightning_cli", ["--config", ROOT / "examples" / "lightning_cli.yaml", "--trainer.max_epochs", "1"]),
+        pytest.param("hand_written_loop", ["--epochs", "1"], marks=pytest.mark.slow),
+        pytest.param("lightning_cli", ["--config", CLI_YAML, "--trainer.max_epochs", "1"], marks=pytest.mark.slow),
     ],
 )
 def test_example(name, words, tmp_path):
     assert "average accuracy" in _run(tmp_path, ROOT / "examples" / f"{name}.py", *words)
 
 
+@pytest.mark.slow
 def test_pretraining_of_the_bundled_backbone(tmp_path):
     printed = _run(tmp_path, ROOT / "examples" / "pretrain_vit_glyph.py", "--steps", "3", "--batch-size", "8")
     assert "digits_linear_probe" in printed

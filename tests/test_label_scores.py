@@ -213,6 +213,7 @@ def _worker(rank, port, folder):
 
 
 @pytest.mark.ddp
+@pytest.mark.slow
 def test_processes_with_unequal_shares_equal_one(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

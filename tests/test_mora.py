@@ -250,7 +250,7 @@ def test_saved_bytes_are_at_most_1_3_times_those_of_lora(total):
     assert _saved_bytes(lambda: bank(x)) <= 1.3 * _saved_bytes(lambda: lora(x))
 
 
-@pytest.mark.parametrize("evaluation", ["dense", "bag"])
+@pytest.mark.parametrize("evaluation", ["dense", pytest.param("bag", marks=pytest.mark.slow)])
 def test_compiles_without_graph_breaks_through_many_tasks(evaluation):
     module = nn.Sequential(tiny_vit())
     method = MoRA(rank=2, seed=0, evaluation=evaluation)

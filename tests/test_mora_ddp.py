@@ -31,6 +31,7 @@ torch.save(state, f"{sys.argv[1]}/rank{trainer.global_rank}.pt")
 
 
 @pytest.mark.ddp
+@pytest.mark.slow
 def test_two_processes_grow_the_same_experts(tmp_path: Path) -> None:
     run_script(SCRIPT, tmp_path, tmp_path)
     first, second = (torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1))

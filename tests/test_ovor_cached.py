@@ -125,7 +125,7 @@ def test_resume_is_exact_in_every_phase(tmp_path: Path, step: int, budget: int) 
 def test_a_callback_serves_a_second_run_after_one_that_failed() -> None:
     cache = CacheFeatures(progress=False)
     with pytest.raises(RuntimeError, match="power failure"):
-        run(cache, saving=[StopAt(STEPS - 1)])
+        run(cache, StopAt(STEPS - 1))
     other = run(cache, method=ovor(seed=1))[0]  # another prompt
     same(other, run(method=ovor(seed=1))[0])
 

@@ -45,6 +45,7 @@ torch.save(event["value"], f"{sys.argv[1]}/loss{trainer.global_rank}.pt")
 
 
 @pytest.mark.ddp
+@pytest.mark.slow
 def test_two_processes_train_one_classifier(tmp_path: Path) -> None:
     run_script(DDP, tmp_path, tmp_path)
     first, second = (torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1))

@@ -53,6 +53,7 @@ def _resumed(folder, chosen, step):
 
 
 @pytest.mark.ddp
+@pytest.mark.slow
 def test_two_processes_that_were_stopped_end_bit_for_bit_as_two_that_were_not(tmp_path):
     _resumed(tmp_path, ["no method", "OVOR"], 7)  # the last epoch's second step, for OVOR in a head epoch
 

@@ -150,6 +150,7 @@ def test_resume_inside_a_task_equals_an_uninterrupted_run(tmp_path, cache):
         assert torch.equal(a, b), name
 
 
+@pytest.mark.slow
 def test_dense_example_runs():
     root = Path(__file__).parent.parent
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}

@@ -48,6 +48,8 @@ def _run(tmp_path: Path, name: str, cache: str, processes: int) -> list[dict]:
     return [torch.load(tmp_path / f"{processes}-rank{r}.pt", weights_only=True) for r in range(processes)]
 
 
+OTHERS = [("lst", "none"), ("sherl", "memory"), ("side-tuning", "none")]
+
 HALVES = """
 import sys
 from pathlib import Path
@@ -100,11 +102,12 @@ torch.save({"state": state, "weights": weights, "steps": trainer.global_step, "b
 
 
 @pytest.mark.ddp
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "regime"),
     [
         ("hst", "per_task"),
-        pytest.param("lean-hst", "per_task", marks=pytest.mark.slow),
+        ("lean-hst", "per_task"),
     ],
 )
 def test_batch_statistics_of_two_processes_equal_two_halves_of_one_batch(tmp_path, name, regime):
@@ -131,7 +134,7 @@ def test_batch_statistics_of_two_processes_equal_two_halves_of_one_batch(tmp_pat
 @pytest.mark.ddp
 @pytest.mark.parametrize(
     ("name", "cache"),
-    [("lst", "folder"), ("lst", "none"), ("sherl", "memory"), ("side-tuning", "none")],
+    [("lst", "folder"), *(pytest.param(*a, marks=pytest.mark.slow) for a in OTHERS)],
 )
 def test_two_processes_equal_one_with_the_same_batch(tmp_path, name, cache):
     first, second = _run(tmp_path, name, cache, 2)

@@ -150,6 +150,7 @@ def test_another_evaluation_is_another_job(tmp_path, key):
         run_sweep([replace(job, **{key: EXTRA[key]})], tmp_path)
 
 
+@pytest.mark.slow
 def test_the_command_passes_the_evaluation_and_drift_on(tmp_path, capsys):
     words = ["sweep", "--methods", "frozen-linear", "--scenarios", "split-digits", "--seeds", "1", "--epochs", "1",
              "--device", "cpu", "--out", str(tmp_path), "--eval-every", "4", "--eval-samples", "8",
@@ -163,6 +164,7 @@ def test_the_command_passes_the_evaluation_and_drift_on(tmp_path, capsys):
     assert "[1/1]" not in capsys.readouterr().out.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_table_and_says_what_failed(tmp_path, capsys):
     arguments = ["sweep", "--methods", "nearest-mean", "--scenarios", "split-digits", "split-cifar10", "--seeds", "1"]
     status = main([*arguments, "--device", "cpu", "--out", str(tmp_path), "--jobs", "2"])
@@ -192,6 +194,7 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
     assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
 
 
+@pytest.mark.slow
 def test_a_job_under_way_elsewhere_is_waited_for(tmp_path):
     job = Job("nearest-mean", "split-digits", device="cpu")
     writer, told = RunWriter(tmp_path, job.name), []
