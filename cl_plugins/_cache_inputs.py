@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import is_dataclass
 from functools import partial
 from typing import Any
@@ -23,13 +24,13 @@ def count_samples(images: DataLoader[Any]) -> int:
     return len(data)
 
 
-def in_order(images: DataLoader[Any], view: int, limit: int | None = None) -> DataLoader[Any]:
-    """All samples of a loader's data in order, as the epoch ``view`` sees them."""
+def in_order(images: DataLoader[Any], view: int, positions: Sequence[int] | None = None) -> DataLoader[Any]:
+    """All samples of a loader's data in order, or one batch of ``positions``, as the epoch ``view`` sees them."""
     n = count_samples(images)
     size = images.batch_size or 64
-    starts = range(0, n if limit is None else min(limit, n), size if limit is None else limit)
-    batches = [[view * n + p for p in range(s, min(s + (limit or size), n))] for s in starts]
-    workers = 0 if limit is not None else images.num_workers
+    chosen = [range(s, min(s + size, n)) for s in range(0, n, size)] if positions is None else [positions]
+    batches = [[view * n + p for p in batch] for batch in chosen]
+    workers = images.num_workers if positions is None else 0
     collate = partial(_collated, images.dataset) if images.batch_size is None else images.collate_fn
     generator = torch.Generator().manual_seed(0)  # worker seeds would be drawn from the global one
     return DataLoader(
@@ -70,9 +71,15 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def fingerprint(images: DataLoader[Any], view: int) -> str:
-    """Digest of the first inputs and of the number of samples: tells another transform, order or data set."""
-    inputs, labels = split_batch(next(iter(in_order(images, view, limit=_PROBE))))
-    n = torch.tensor(count_samples(images))
+    """Digest of inputs from all over the data, of their number and of which ones they are where the data set tells.
+
+    Tells another transform, order, choice of samples or data set; not a change of single samples between the probes.
+    """
+    n = count_samples(images)
+    spread = sorted({p * (n - 1) // (_PROBE - 1) for p in range(_PROBE)})
+    inputs, labels = split_batch(next(iter(in_order(images, view, spread))))
     named = inputs if isinstance(inputs, dict) else {"inputs": inputs}
     tensors = [(k, v) for k, v in sorted(named.items()) if isinstance(v, Tensor)]
-    return tensor_digest([*tensors, ("labels", labels), ("n", n)])
+    chosen = np.asarray(getattr(images.dataset, "indices", None))  # of a task's view, of torch's Subset
+    known = [("indices", torch.from_numpy(chosen.astype(np.int64)))] if chosen.dtype.kind in "iu" else []
+    return tensor_digest([*tensors, ("labels", labels), ("n", torch.tensor(n)), *known])

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 _POOL = 2
+_PIECE = 1 << 19  # bytes gathered before they are converted, so few that the processor's cache still holds them
+_LARGE = 1 << 16  # bytes of a row from which on a call for each costs less than gathering them first
 _PLAIN = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}  # numpy knows no bfloat16
 
 
@@ -74,6 +76,8 @@ class _Array:
         self.array, self.dtype = array, dtype
         self.rows = _as_rows(array)
         self.converts = array.dtype != dtype
+        size = array[:1].nbytes
+        self.large, self.piece = size >= _LARGE, max(1, _PIECE // max(1, size))
         self.stored, self.computed = _Pool(array, array.dtype), _Pool(array, dtype)
 
     def gather(self, numbers: npt.NDArray[np.int64], block: _Block) -> Tensor:
@@ -85,6 +89,18 @@ class _Array:
         else:  # a block of bytes a row: faster than index_select; mode "raise" would copy once more
             self.rows.take(numbers, 0, block.rows if len(block.rows) == n else block.rows[:n], "clip")
         return part
+
+    def convert(self, numbers: npt.NDArray[np.int64], target: Tensor) -> Tensor:
+        """The rows as computed, in ``target``: large ones as they stand, small ones gathered a piece at a time."""
+        if self.large:
+            for row, to in zip(numbers.tolist(), target.unbind(), strict=True):
+                to.copy_(self.array[row])
+            return target
+        block = self.stored.take(min(len(numbers), self.piece))
+        for first in range(0, len(numbers), self.piece):
+            piece = numbers[first : first + self.piece]
+            target[first : first + len(piece)].copy_(self.gather(piece, block))
+        return target
 
 
 class RowReader:
@@ -136,13 +152,11 @@ class RowReader:
         """Any rows, in memory that may be handed out again once nobody holds it.
 
         The memory is found first: each copy drives what else runs out of the processor's caches, so that little should
-        run between them. For the same reason each array is converted while its rows are still there.
+        run between them.
         """
         n, here = len(numbers), device.type == "cpu"
-        stored = [a.stored.take(n) for a in self._arrays]
-        computed = [a.computed.take(n).memory[:n] if a.converts and here else None for a in self._arrays]
-        parts = []
-        for a, block, target in zip(self._arrays, stored, computed, strict=True):
-            part = a.gather(numbers, block)
-            parts.append(part if target is None else target.copy_(part))
-        return parts
+        blocks = [(a.computed if a.converts and here else a.stored).take(n) for a in self._arrays]
+        return [
+            a.convert(numbers, block.memory[:n]) if a.converts and here else a.gather(numbers, block)
+            for a, block in zip(self._arrays, blocks, strict=True)
+        ]

@@ -212,7 +212,10 @@ class FeatureCache:
                     done += len(target)
                     bar.update(len(target))
             if writer is None or done != n:
-                raise ValueError(f"`batches` must hold {n} rows for {key.split!r}, got {done}")
+                raise ValueError(
+                    f"`batches` must hold {n} rows for {key.split!r}, got {done}; samples that a stream skips,"
+                    " since their files cannot be read, must be taken out of its data first"
+                )
             if isinstance(writer, EntryFile):
                 writer.finish(asdict(key), torch.cat(labels))
         except BaseException:  # Ctrl-C as well, and whatever computes the batches

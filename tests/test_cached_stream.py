@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from cl_plugins import Task, fit_stream
-from cl_plugins._cache_inputs import same_samples
+from cl_plugins._cache_inputs import fingerprint, same_samples
 from cl_plugins.cached_rows import CachedRows, uncached
 from cl_plugins.cached_stream import CachedStream
 from cl_plugins.callbacks import (
@@ -138,6 +138,25 @@ def test_same_samples_are_told_by_what_loaders_hold():
     b.shift = 1
     assert not same_samples(DataLoader(a), DataLoader(b))
     assert not same_samples([DataLoader(a)], DataLoader(a))
+
+
+def test_digests_tell_which_samples_an_entry_is_of():
+    data = TensorDataset(torch.randn(200, 2, generator=torch.Generator().manual_seed(0)), torch.arange(200))
+    inputs = data.tensors[0]
+    members = [*range(99), 150, *range(100, 149)]
+    loaders = {
+        "whole": DataLoader(data, batch_size=7),
+        "one": DataLoader(Subset(data, [3])),
+        "other end": DataLoader(TensorDataset(torch.cat([data.tensors[0][:-1], inputs[:1]]), data.tensors[1])),
+        "another member": DataLoader(Subset(data, members)),
+        "members": DataLoader(Subset(data, [*range(149)])),
+        "another order": DataLoader(Subset(data, range(148, -1, -1))),
+    }
+    digests = {name: fingerprint(loader, 0) for name, loader in loaders.items()}
+    assert len(set(digests.values())) == len(loaders), digests
+    assert fingerprint(DataLoader(Subset(data, range(149)), batch_size=50), 0) == digests["members"]
+    data.indices = [f"{i}.png" for i in range(200)]  # some data sets mean something else by the name
+    assert fingerprint(DataLoader(data), 0) == digests["whole"]
 
 
 def test_a_second_run_reads_the_folder(tmp_path):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,17 @@ def test_a_smaller_last_batch_is_read_into_the_same_memory(dtype):
         assert all(t.is_contiguous() and t.dtype == torch.float32 for t in found.values())
         torch.testing.assert_close(found["tap.1"], rows()[0]["tap.1"][chosen], rtol=0, atol=2e-3 if dtype else 0)
         del found
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 30_000, 40_000])  # many rows a piece, few, and rows that are copied as they stand
+def test_rows_of_any_size_are_converted(dtype, size):
+    values = torch.randn(40, size, generator=torch.Generator().manual_seed(0))
+    cache, order = FeatureCache(dtype=dtype), torch.randperm(40, generator=torch.Generator().manual_seed(1))
+    entry = cache.fill(replace(KEY, dtype=cache.dtype_name), [({"feature": values}, torch.zeros(40).long())], 40)
+    held = [(part, entry.read(part)["feature"]) for part in (order, order[:33], order[:0], order[39:])]
+    for part, found in held:
+        assert torch.equal(found, values[part].to(dtype).float())
 
 
 def test_converted_neighbors_do_not_overwrite_what_is_held():
