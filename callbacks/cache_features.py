@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -151,6 +152,16 @@ class CacheFeatures(ContinualCallback):
             assert self._convert is not None
             self._convert()  # as `fit` will, so that what a plugin reads before it has the same digest
         return getattr(self._source, name)(*args) if self._begun else self._source.images(name, *args)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Warn when there is no stream whose loaders could be replaced."""
+        super().on_fit_start(trainer, pl_module)
+        if self._source is None:
+            warnings.warn(
+                "CacheFeatures does nothing in a `trainer.fit` of one's own, whose loaders it cannot replace;"
+                " train with fit_stream(trainer, module, stream)",
+                stacklevel=2,
+            )
 
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
         """Answer from the cache from now on."""

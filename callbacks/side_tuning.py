@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from cl_plugins.adapters.alpha_side import AlphaSide, Merge
 from cl_plugins.adapters.side_bank import Regime, Routing, check_choice
 from cl_plugins.backbones import Backbone
-from cl_plugins.evaluation import evaluating, split_batch, to_device
+from cl_plugins.batches import hand_over, own_pass
+from cl_plugins.evaluation import evaluating, split_batch
 from cl_plugins.features import feature
 from cl_plugins.plugin import module_device
 from cl_plugins.side_network import SideNetwork, TapRecord
@@ -115,8 +116,9 @@ class SideTuning(SideCallback):
                 for batch in _together(loader, device):
                     record, base = TapRecord(), torch.empty(0, device=device)
                     if batch is not None:
-                        with evaluating(module):
-                            base = feature(module, head, split_batch(to_device(batch, device, module))[0])
+                        with evaluating(module), own_pass(module):
+                            base = feature(module, head, split_batch(hand_over(batch, module, device))[0])
+                            base = base.to(head.weight.dtype)  # autocast may have given another
                             record = bank.taps.take()
                     size = max(size, _reduced(len(base), "max", device))
                     for rows in _steps(len(base), size):

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from cl_plugins.evaluation import split_batch
 from cl_plugins.feature_cache import tensor_digest
 
 _PROBE = 8
@@ -31,7 +30,7 @@ def in_order(images: DataLoader[Any], view: int, positions: Sequence[int] | None
     chosen = [range(s, min(s + size, n)) for s in range(0, n, size)] if positions is None else [positions]
     batches = [[view * n + p for p in batch] for batch in chosen]
     workers = images.num_workers if positions is None else 0
-    collate = partial(_collated, images.dataset) if images.batch_size is None else images.collate_fn
+    collate = partial(_collated, images.dataset) if images.batch_sampler is None else images.collate_fn
     generator = torch.Generator().manual_seed(0)  # worker seeds would be drawn from the global one
     return DataLoader(
         images.dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate, generator=generator
@@ -39,6 +38,11 @@ def in_order(images: DataLoader[Any], view: int, positions: Sequence[int] | None
 
 
 def _collated(dataset: Any, samples: Any) -> Any:
+    if not hasattr(dataset, "collate"):
+        raise TypeError(
+            "the loader must make batches of samples to be cached, got `batch_size=None`, where the data set"
+            f" {type(dataset).__name__} gives whole batches; give the DataLoader a batch size"
+        )
     return dataset.collate(samples)
 
 
@@ -70,16 +74,27 @@ def _same(a: Any, b: Any) -> bool:
     return isinstance(a, int | float | str) and a == b
 
 
+def probed(images: DataLoader[Any]) -> list[int]:
+    """Positions of a few samples from all over a loader's data."""
+    last = count_samples(images) - 1
+    return sorted({p * last // (_PROBE - 1) for p in range(_PROBE)})
+
+
 def fingerprint(images: DataLoader[Any], view: int) -> str:
     """Digest of inputs from all over the data, of their number and of which ones they are where the data set tells.
 
     Tells another transform, order, choice of samples or data set; not a change of single samples between the probes.
     """
+    batch = next(iter(in_order(images, view, probed(images))))
+    if not (isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)):
+        kinds = [type(part).__name__ for part in (batch.values() if isinstance(batch, dict) else batch)]
+        raise TypeError(
+            "batches must be two tensors, inputs and labels, to be cached: row ids take the inputs' place; got a"
+            f" {type(batch).__name__} of {', '.join(kinds)}; leave CacheFeatures out of the callbacks, or give the"
+            " stream a `collate_fn` that makes such pairs"
+        )
+    inputs, labels = batch
     n = count_samples(images)
-    spread = sorted({p * (n - 1) // (_PROBE - 1) for p in range(_PROBE)})
-    inputs, labels = split_batch(next(iter(in_order(images, view, spread))))
-    named = inputs if isinstance(inputs, dict) else {"inputs": inputs}
-    tensors = [(k, v) for k, v in sorted(named.items()) if isinstance(v, Tensor)]
     chosen = np.asarray(getattr(images.dataset, "indices", None))  # of a task's view, of torch's Subset
     known = [("indices", torch.from_numpy(chosen.astype(np.int64)))] if chosen.dtype.kind in "iu" else []
-    return tensor_digest([*tensors, ("labels", labels), ("n", torch.tensor(n)), *known])
+    return tensor_digest([("inputs", inputs), ("labels", labels), ("n", torch.tensor(n)), *known])

@@ -17,6 +17,11 @@ from cl_plugins.cache_entry import CacheEntry
 _SHIFT = 32
 
 
+def row_ids(entries: int | Tensor, rows: Tensor) -> Tensor:
+    """What stands for ``rows`` ``(batch,)`` of an entry, or of one entry each."""
+    return (torch.as_tensor(entries) << _SHIFT) + rows
+
+
 class CachedRows(Dataset[Any]):
     """Row ids and labels of a split, a whole batch at once.
 
@@ -45,7 +50,7 @@ class CachedRows(Dataset[Any]):
         asked = torch.as_tensor(numbers, dtype=torch.int64)
         rows = asked % len(self)
         views = (asked // len(self)) % len(self.entries)
-        return (self.entries[views] << _SHIFT) + rows, self.labels[rows]
+        return row_ids(self.entries[views], rows), self.labels[rows]
 
 
 def _as_is(batch: Any) -> Any:
@@ -60,9 +65,9 @@ def uncached(loader: Any) -> Any:
 def rows_loader(images: DataLoader[Any], rows: CachedRows) -> DataLoader[Any]:
     """A loader of rows in the order and batches of a loader of images, which :func:`uncached` gives back."""
     options: dict[str, Any] = {"collate_fn": _as_is, "generator": images.generator}
-    if images.batch_size is None:
+    if images.batch_sampler is None:
         options |= {"batch_size": None, "sampler": images.sampler}
-    elif type(images.batch_sampler) is torch.utils.data.BatchSampler:
+    elif images.batch_size is not None and type(images.batch_sampler) is torch.utils.data.BatchSampler:
         options |= {"batch_size": images.batch_size, "sampler": images.sampler, "drop_last": images.drop_last}
     else:
         options |= {"batch_sampler": images.batch_sampler}

@@ -9,8 +9,9 @@ loaders are those of :mod:`cl_plugins.cached_rows`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,14 +19,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from cl_plugins._cache_inputs import count_samples, fingerprint, in_order, same_samples
+from cl_plugins._cache_checks import check_frozen, check_hand_over, check_same, plain
+from cl_plugins._cache_inputs import count_samples, fingerprint, in_order, probed, same_samples
 from cl_plugins.adapters.side_bank import SideBank
 from cl_plugins.attach import plugin_modules
 from cl_plugins.backbones import Backbone
+from cl_plugins.batches import hand_over
 from cl_plugins.cache_entry import CacheEntry
-from cl_plugins.cached_rows import CachedRows, PhasedLoader, read_rows, rows_loader
+from cl_plugins.cached_rows import CachedRows, PhasedLoader, read_rows, row_ids, rows_loader
 from cl_plugins.closed_form import ClosedFormHead
-from cl_plugins.evaluation import evaluating, split_batch, to_device
+from cl_plugins.evaluation import evaluating, split_batch
 from cl_plugins.feature_cache import CacheKey, FeatureCache, each_once, tensor_digest
 from cl_plugins.features import DepthTap, feature
 from cl_plugins.heads import HeadMask
@@ -81,7 +84,7 @@ class CachedStream:
         self._keys: dict[str, CacheKey] = {}
         self._numbers: dict[CacheKey, int] = {}
         self._digest: tuple[tuple[Any, ...], str] | None = None
-        self._checked = False
+        self._checked = self._compared = self._asks_for_rows = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CachedStream:
         return self
@@ -159,28 +162,13 @@ class CachedStream:
         Raises:
             RuntimeError: saying what to change.
         """
-        weight, reader = next(self.head.parameters()), self.taps.reader
-        ids, seen = torch.arange(2, device=weight.device), list[Tensor]()
+        weight, ids = next(self.head.parameters()), torch.arange(2)
 
         def answer(given: Tensor) -> tuple[TapRecord, Tensor]:
-            seen.append(given)
             return TapRecord(), weight.new_zeros(len(given), weight.shape[1])
 
-        self.taps.reader = answer
-        failure: Exception | None = None
-        try:
-            with evaluating(self.module), self.context():
-                feature(self.module, self.head, ids)
-        except Exception as error:  # whatever the user's own code makes of row ids
-            failure = error
-        finally:
-            self.taps.reader = reader
-        if failure is not None or not (len(seen) == 1 and torch.equal(seen[0], ids)):
-            raise RuntimeError(
-                f"`{type(self.module).__name__}.forward` must hand its input to the backbone once and as it is, since a"
-                f" cache gives row ids in place of images, got {failure or seen!r}; put what changes images into the"
-                " stream's transforms, or leave CacheFeatures out of the callbacks"
-            ) from failure
+        forward = partial(feature, self.module, self.head)
+        check_hand_over(self.module, self.taps, answer, ids, torch.zeros_like(ids), forward, self.context)
 
     def check_order(self, ids: Tensor) -> None:
         """Raise when the backbone was asked for other rows than those of a batch, in whose order its labels are.
@@ -222,7 +210,7 @@ class CachedStream:
             view=view,
             weights=self._weights(),
             transform=fingerprint(images, view),
-            dtype=self.cache.dtype_name,
+            dtype=self._dtype_name(),
             arrays=self._arrays(),
         )
         if key not in self._numbers:
@@ -231,6 +219,12 @@ class CachedStream:
             self._numbers[key] = len(self._entries)
             self._keys[key.name] = key
             self._entries.append(entry)
+            if not self._asks_for_rows and len(entry):
+                rows = torch.tensor([len(entry) - 1, 0])  # not what clipping to [0, 1] leaves as it is
+                ids = row_ids(self._numbers[key], rows)
+                labels = entry.labels[rows]
+                check_hand_over(self.module, self.taps, self.read, ids, labels, self.module, self.context)
+                self._asks_for_rows = True
         return self._numbers[key]
 
     def _outgrow(self, key: CacheKey) -> None:
@@ -269,8 +263,22 @@ class CachedStream:
         entry = self.cache.open(key)
         if entry is None:
             batches = self._compute(in_order(images, view))
-            entry = self.cache.fill(key, batches, count_samples(images))
+            return self.cache.fill(key, batches, count_samples(images))
+        if self.cache.folder is not None and not self._compared:
+            positions = probed(images)
+            ((computed, _),) = self._compute(in_order(images, view, positions))
+            exact = key.dtype in ("as computed", "float32", "float64")
+            where = f"{key.split!r} in {self.cache.folder}"
+            check_same(computed, entry.read(torch.tensor(positions)), 5e-3 if exact else 5e-2, where)
+            self._compared = True
         return entry
+
+    def _dtype_name(self) -> str:
+        """Of stored values, with the autocast under which they are computed."""
+        kind = module_device(self.module).type
+        with self.context():
+            cast = f" under {torch.get_autocast_dtype(kind)}" if torch.is_autocast_enabled(kind) else ""
+        return self.cache.dtype_name + cast
 
     def _arrays(self) -> tuple[str, ...]:
         image = ("image",) if self.taps.wants_image else ()
@@ -284,10 +292,12 @@ class CachedStream:
 
     def _compute(self, batches: DataLoader[Any]) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
         device = module_device(self.module)
-        with _plain(self.module), evaluating(self.module), self.context():
+        with plain(self.module), evaluating(self.module), self.context():
             for batch in batches:
-                inputs, labels = split_batch(to_device(batch, device, self.module))
-                self._check_frozen(inputs)
+                inputs, labels = split_batch(hand_over(batch, self.module, device))
+                if not self._checked:
+                    check_frozen(self.module, self.head, self.backbone, self.taps, inputs)
+                    self._checked = True
                 base = feature(self.module, self.head, inputs)
                 record = self.taps.take()
                 arrays = {"feature": base, **{f"tap.{i}": record.taps[i] for i in sorted(self.taps.wanted)}}
@@ -296,26 +306,6 @@ class CachedStream:
                 if record.image is not None:
                     arrays["image"] = record.image
                 yield arrays, labels
-
-    def _check_frozen(self, inputs: Any) -> None:
-        """Raise when a graph leads to the feature: what is cached today would be wrong tomorrow."""
-        if self._checked:
-            return
-        seen: list[bool] = []
-        handle = self.head.register_forward_pre_hook(lambda _, args: seen.append(args[0].requires_grad))
-        frozen, self.taps.frozen = self.taps.frozen, False
-        try:
-            with torch.enable_grad():
-                self.module(inputs)
-        finally:
-            self.taps.frozen = frozen
-            handle.remove()
-        if self.taps.choose is not None or any(seen):
-            raise RuntimeError(
-                "features can only be cached when everything in front of the classifier is frozen, but prompts, norms"
-                " or other weights there still train; leave CacheFeatures out of the callbacks"
-            )
-        self._checked = True
 
     def _weights(self) -> str:
         """Digest of what the feature depends on; computed again only after one of these tensors changed."""
@@ -331,19 +321,5 @@ class CachedStream:
         versions = tuple((n, t.data_ptr(), t._version) for n, t in tensors)
         if self._digest is None or self._digest[0] != versions:
             self._digest = (versions, tensor_digest(each_once(tensors)))
-            self._checked = False
+            self._checked = self._compared = False
         return self._digest[1]
-
-
-@contextmanager
-def _plain(module: nn.Module) -> Iterator[None]:
-    """The backbone's own feature enters the classifier inside, and the whole backbone runs."""
-    banks = [m for m in plugin_modules(module).values() if isinstance(m, SideBank)]
-    before = [(bank.bypass, bank.taps.needs_final) for bank in banks]
-    for bank in banks:
-        bank.bypass = bank.taps.needs_final = True
-    try:
-        yield
-    finally:
-        for bank, (bypass, final) in zip(banks, before, strict=True):
-            bank.bypass, bank.taps.needs_final = bypass, final

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from cl_plugins.batches import hand_over
+from cl_plugins.batches import to_device as to_device
 from cl_plugins.label_scores import SeenLabelScores
 from cl_plugins.plugin import Row, module_device
 from cl_plugins.task import Stream, Task
@@ -75,36 +77,6 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for m, training in modes.items():
             m.training = training
-
-
-def to_device(batch: Any, device: torch.device, like: nn.Module | None = None) -> Any:
-    """A batch with its tensors on ``device``; tuples, namedtuples, lists and dicts are followed.
-
-    Args:
-        batch: what a loader gave.
-        device: where to put it.
-        like: floating-point tensors also take the dtype of this module's weights, as Lightning's "bf16-true" does.
-    """
-    dtype = None if like is None else next((p.dtype for p in like.parameters() if p.is_floating_point()), None)
-
-    def move(item: Any) -> Any:
-        if isinstance(item, Tensor):
-            wanted = dtype if item.is_floating_point() else None
-            return item.to(device, wanted or item.dtype, non_blocking=True)
-        if isinstance(item, dict):
-            return {k: move(v) for k, v in item.items()}
-        if isinstance(item, tuple) and hasattr(item, "_fields"):
-            return type(item)(*(move(v) for v in item))  # a namedtuple takes its fields one by one
-        if isinstance(item, tuple | list):
-            return type(item)(move(v) for v in item)
-        return item
-
-    return move(batch)
-
-
-def _as_lightning(trainer: pl.Trainer, batch: Any) -> Any:
-    """A batch as the Trainer's loops hand it over: in its precision, moved by the module's own transfer hooks."""
-    return trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
 
 
 def count_task(
@@ -248,12 +220,10 @@ def forward_setting(
     """Where batches of an evaluation go: the device, the context of precision, and what moves a batch there."""
     if trainer is None:
         device = module_device(module)
-        return device, nullcontext(), partial(to_device, device=device, like=module)
+        return device, nullcontext(), partial(hand_over, module=module, device=device)
     device = trainer.strategy.root_device
     module.to(device)  # Lightning moves the module to the CPU when a fit ends
-    move: Callable[[Any], Any] = partial(to_device, device=device, like=module)
-    if trainer.strategy.lightning_module is module:
-        move = partial(_as_lightning, trainer)
+    move = partial(hand_over, module=module, device=device, trainer=trainer)
     return device, trainer.precision_plugin.forward_context(), move
 
 

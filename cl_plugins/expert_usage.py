@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from cl_plugins.adapters.rank_experts import ExpertUsage, RankExperts
-from cl_plugins.evaluation import Predict, default_predict, evaluating, to_device
+from cl_plugins.batches import hand_over, own_pass
+from cl_plugins.evaluation import Predict, default_predict, evaluating
 from cl_plugins.plugin import module_device
 from cl_plugins.vision_language import TextClassifier
 
@@ -39,9 +40,9 @@ def expert_usage(
         for m in module.modules():
             if isinstance(m, TextClassifier):
                 m.forget()  # kept texts would not pass through the text tower's banks
-        with evaluating(module):
+        with evaluating(module), own_pass(module):
             for batch in batches:
-                predict(module, to_device(batch, device, module))
+                predict(module, hand_over(batch, module, device))
         return {name: bank.usage.read() for name, bank in grown.items() if bank.usage is not None}
     finally:
         for bank in grown.values():

@@ -240,6 +240,12 @@ class FeatureCache:
     def _stored(self, value: Tensor) -> Tensor:
         plain = value.detach()
         if self.dtype is not None and plain.is_floating_point():
+            largest = plain.abs().amax() if plain.numel() else torch.zeros(())
+            if torch.finfo(self.dtype).max < largest < torch.inf:
+                raise ValueError(
+                    f"`dtype` must hold the features, which reach {float(largest):.3g}, got {self.dtype_name!r};"
+                    " use 'bfloat16' or None"
+                )
             plain = plain.to(self.dtype)
         return plain.cpu().contiguous()
 

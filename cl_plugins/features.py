@@ -12,7 +12,8 @@ from torch.nn.functional import layer_norm
 from torch.utils.hooks import RemovableHandle
 
 from cl_plugins.attach import own_memory
-from cl_plugins.evaluation import evaluating, split_batch, to_device
+from cl_plugins.batches import hand_over, own_pass
+from cl_plugins.evaluation import evaluating, split_batch
 from cl_plugins.plugin import module_device
 from cl_plugins.taps import BackboneTaps
 
@@ -148,9 +149,9 @@ def collect_features(
     """
     device = device or module_device(module)
     features, labels = [], []
-    with evaluating(module):
+    with evaluating(module), own_pass(module):
         for batch in loader:
-            inputs, target = split_batch(to_device(batch, device, module))
+            inputs, target = split_batch(hand_over(batch, module, device))
             found = feature(module, head, inputs)
             features.append((found if transform is None else transform(found)).float())
             labels.append(target)

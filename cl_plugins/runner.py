@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from cl_plugins._lightning import Callback, callbacks_of
+from cl_plugins.batches import passes_of
 from cl_plugins.composition import check_composition
 from cl_plugins.evaluation import Predict, default_predict, drawn_columns, evaluate_tasks
 from cl_plugins.plugin import ContinualCallback, Row, plugins_of, tell_row
@@ -146,7 +147,7 @@ def start_task(trainer: pl.Trainer, module: pl.LightningModule, stream: Stream, 
     check_composition(plugins_of(trainer), module)
     stream.task = index
     _begin_anew(trainer)
-    with task_seed(seed, index):
+    with task_seed(seed, index), passes_of(trainer, module, stream):
         for plugin in plugins_of(trainer):
             plugin.on_task_start(trainer, module, stream.tasks[index])
 
@@ -179,11 +180,12 @@ def end_task(
     Returns:
         The row of the accuracy matrix, as counts.
     """
-    with task_seed(0, index, purpose=1):
-        for plugin in plugins_of(trainer):
-            plugin.on_task_end(trainer, module, stream.tasks[index])
-    row = evaluate_tasks(module, stream, index, trainer=trainer, future=future, predict=predict, columns=columns)
-    tell_row(trainer, module, row)
+    with passes_of(trainer, module, stream):
+        with task_seed(0, index, purpose=1):
+            for plugin in plugins_of(trainer):
+                plugin.on_task_end(trainer, module, stream.tasks[index])
+        row = evaluate_tasks(module, stream, index, trainer=trainer, future=future, predict=predict, columns=columns)
+        tell_row(trainer, module, row)
     return row
 
 
@@ -308,6 +310,7 @@ def fit_stream(
         for saver in savers:
             stack.enter_context(saver.watch())
         stack.enter_context(_tell_failures(trainer, module, plugins))
+        stack.enter_context(passes_of(trainer, module, stream))
         for plugin in plugins:
             plugin.on_stream_start(trainer, module, stream)
         if own_predict:

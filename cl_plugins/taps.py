@@ -151,8 +151,8 @@ class BackboneTaps(nn.Module):
         self._replayed = None
         if is_row_ids(x):
             return self._replay(x)
-        if model.training:  # a parent's train() flips it each epoch
-            model.eval()
+        if model.training or any(block.training for block in self.backbone.blocks):
+            model.eval()  # a parent's train() flips it each epoch
         if self.choose is not None:
             self._adapt(self.choose())
         self._record = self._told(TapRecord(image=x.detach() if self.wants_image else None))
