@@ -148,6 +148,9 @@ class LadderSideTuning(SideCallback):
         Args:
             module: where :meth:`start_task` was called.
             loader: the task's training data.
+
+        Raises:
+            RuntimeError: when the loss on these data does not depend on the backbone's weights.
         """
         if self.init != "fisher":
             return
@@ -157,16 +160,23 @@ class LadderSideTuning(SideCallback):
             for n, p in found.model.named_parameters()
             if p.ndim > 1 and n.endswith("weight") and "head" not in n and not n.startswith("visual.")
         }
-        bank.bypass, bank.taps.frozen = True, False
+        final = bank.taps.needs_final
+        bank.bypass, bank.taps.frozen, bank.taps.needs_final = True, False, True
         try:
             with evaluating(module), torch.enable_grad():
                 samples = islice(_singles(uncached(loader), module), self.fisher_samples)
                 importance = fisher_importance(parameters, lambda batch: _loss(module, batch), samples)
         finally:
-            bank.bypass, bank.taps.frozen = False, True
+            bank.bypass, bank.taps.frozen, bank.taps.needs_final = False, True, final
         if dist.is_available() and dist.is_initialized():
             for value in importance.values():
                 dist.all_reduce(value)  # each process read its own share of the data
+        if not any(value.any() for value in importance.values()):
+            raise RuntimeError(
+                "`init='fisher'` must find a loss that depends on the backbone's weights, got gradients of 0 for all of"
+                " them, as a classifier of zeros, a task of one class or a backbone called without gradients gives; use"
+                " init='magnitude'"
+            )
         initialize_ladder(cast(LadderSide, bank.active), found, self.reduction, importance)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -179,7 +189,19 @@ def _singles(loader: Iterable[Any], module: nn.Module) -> Iterator[Any]:
     for batch in loader:
         inputs, labels = split_batch(to_device(batch, module_device(module), module))
         for i in range(len(labels)):
-            yield inputs[i : i + 1], labels[i : i + 1]
+            yield _sample(inputs, i, len(labels)), labels[i : i + 1]
+
+
+def _sample(inputs: Any, index: int, n: int) -> Any:
+    """Sample ``index`` of ``n``, as a batch of one; dicts are followed, and what is not by sample stays whole."""
+    if isinstance(inputs, dict):
+        return {k: _sample(v, index, n) for k, v in inputs.items()}
+    by_sample = isinstance(inputs, Tensor) and inputs.ndim > 0 and len(inputs) == n
+    if isinstance(inputs, tuple | list) and any(isinstance(v, Tensor) for v in inputs):
+        return [_sample(v, index, n) for v in inputs]
+    if isinstance(inputs, tuple | list):
+        by_sample = len(inputs) == n  # such as texts
+    return inputs[index : index + 1] if by_sample else inputs
 
 
 def _loss(module: nn.Module, batch: Any) -> Tensor:

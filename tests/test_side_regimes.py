@@ -227,6 +227,36 @@ def test_fisher_start_differs_from_magnitude_and_needs_the_stream():
     assert not torch.equal(weights["magnitude"], weights["random"])
 
 
+class DictModule(PlainModule):
+    def forward(self, batch):
+        return self.model(batch["image"])
+
+
+def test_fisher_start_is_the_same_in_all_regimes_and_for_dict_batches():
+    def ladder(regime, module, as_dict=False):
+        batches = tiny_stream().train_loader_for_features(0)
+        if as_dict:
+            batches = [{"image": x, "label": y, "names": ["a"] * len(y), "scale": 2} for x, y in batches]
+        method = METHODS["lst"](init="fisher", fisher_samples=11, regime=regime)
+        started(method, module)
+        final = module.plugins["taps"].needs_final
+        method.initialize(module, batches)
+        assert module.plugins["taps"].needs_final is final
+        return method, module.plugins["side"].active.state_dict()
+
+    _, expected = ladder("per_task", PlainModule(tiny_vit(depth=4)))
+    for regime in ("shared", "first_session", "per_task_dense"):
+        torch.testing.assert_close(ladder(regime, PlainModule(tiny_vit(depth=4)))[1], expected, rtol=0, atol=0)
+    torch.testing.assert_close(ladder("shared", DictModule(tiny_vit(depth=4)), True)[1], expected, rtol=0, atol=0)
+
+
+def test_fisher_start_is_refused_where_the_loss_does_not_depend_on_the_backbone():
+    module = PlainModule(tiny_vit(depth=4))
+    nn.init.zeros_(module.model.head.weight)
+    with pytest.raises(RuntimeError, match=r"`init='fisher'` must find a loss .* init='magnitude'"):
+        train(module, METHODS["lst"](init="fisher", fisher_samples=4))
+
+
 def test_distillation_brings_the_side_network_to_the_backbone():
     def distance(epochs):
         method, module = SideTuning(width=8, distill_epochs=epochs, distill_lr=1e-2), PlainModule(tiny_vit(depth=4))
