@@ -37,6 +37,8 @@ from ._side import SideCallback
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
+    from cl_plugins.task import Task
+
 Init = Literal["magnitude", "fisher", "random"]
 
 
@@ -179,9 +181,17 @@ class LadderSideTuning(SideCallback):
             )
         initialize_ladder(cast(LadderSide, bank.active), found, self.reduction, importance)
 
+    def start_task(self, module: nn.Module, task: Task) -> None:
+        """As every side network's, and scheduled gates begin anew, those of a warm start too."""
+        super().start_task(module, task)
+        if self._grew:
+            cast(LadderSide, self.bank(module).active).set_epoch(0, 1)
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Move scheduled gates."""
-        cast(LadderSide, self.bank(pl_module).active).set_epoch(trainer.current_epoch, max(trainer.max_epochs or 1, 1))
+        """Move scheduled gates of a side network that trains."""
+        side = cast(LadderSide, self.bank(pl_module).active)
+        if any(p.requires_grad for p in side.parameters()):
+            side.set_epoch(trainer.current_epoch, max(trainer.max_epochs or 1, 1))
 
 
 def _singles(loader: Iterable[Any], module: nn.Module) -> Iterator[Any]:

@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from cl_plugins import fit_stream
 from cl_plugins.adapters.hierarchical_side import HierarchicalFeatures
+from cl_plugins.adapters.ladder import scheduled_gate
 from cl_plugins.backbones import vit_glyph
 from cl_plugins.callbacks import (
     CacheFeatures,
@@ -105,6 +106,42 @@ def test_state_restores_the_number_of_side_networks(name):
     assert len(module.plugins["side"].sides) == len(module.plugins["side"].mix) == 1
 
 
+@pytest.mark.parametrize("gate", ["linear", "hyperbolic"])
+def test_scheduled_gates_are_saved_with_the_weights_that_were_trained_at_them(gate):
+    def method(regime, warm_start=True):
+        return METHODS["lst"](gate=gate, regime=regime, warm_start=warm_start)
+
+    first, last = (0.1, 0.9) if gate == "linear" else (0.9, 0.5)
+    module, fresh = PlainModule(tiny_vit(depth=4)), PlainModule(tiny_vit(depth=4, seed=1))
+    train(module, method("per_task"))
+    assert [side.scheduled.item() for side in module.plugins["side"].sides] == pytest.approx([last] * 3)
+    method("per_task").install(fresh)
+    fresh.load_state_dict(module.state_dict())
+    with torch.no_grad():
+        assert torch.equal(fresh.eval()(images()), module.eval()(images()))
+    module = started(method("per_task"), tasks=1)
+    module.plugins["side"].active.set_epoch(9, 10)
+    copied = copy.deepcopy(module)
+    started(method("per_task"), module, tasks=2)
+    assert module.plugins["side"].active.scheduled.item() == pytest.approx(first)  # a warm start begins anew
+    assert copied.plugins["side"].active.scheduled.item() != pytest.approx(first)
+    assert "plugins.side.sides.0.scheduled" not in started(METHODS["lst"]()).state_dict()
+
+
+def test_scheduled_gates_stay_where_the_first_session_left_them():
+    module, seen = PlainModule(tiny_vit(depth=4)), []
+
+    class Watch(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if pl_module.plugins["side"].started > 1:
+                seen.append(pl_module.plugins["side"].active.scheduled.item())
+
+    train(module, METHODS["lst"](gate="linear", regime="first_session"), callbacks=[Watch()])
+    assert seen == pytest.approx([0.9] * len(seen))
+    assert seen
+    assert scheduled_gate("linear", 5, 1) == 0.9  # a Trainer without max_epochs
+
+
 @pytest.mark.parametrize("name", ["lst", "sherl", "hst"])
 def test_base_names_stay_and_copies_work(name):
     method = HierarchicalSideTuning(**PYRAMID) if name == "hst" else METHODS[name]()
@@ -122,12 +159,14 @@ def test_base_names_stay_and_copies_work(name):
     torch.testing.assert_close(compiled(images()), before)
 
 
-@pytest.mark.parametrize("cache", [None, "memory", "folder"])
-def test_resume_inside_a_task_equals_an_uninterrupted_run(tmp_path, cache):
+@pytest.mark.parametrize(
+    ("cache", "gate"), [(None, "learnable"), ("memory", "learnable"), ("folder", "learnable"), (None, "linear")]
+)
+def test_resume_inside_a_task_equals_an_uninterrupted_run(tmp_path, cache, gate):
     def callbacks():
         folder = tmp_path / "cache" if cache == "folder" else None
         extra = [CacheFeatures(folder, progress=False)] if cache else []
-        return [METHODS["lst"](regime="per_task"), *extra]
+        return [METHODS["lst"](regime="per_task", gate=gate), *extra]
 
     class Stop(pl.Callback):
         def on_train_epoch_end(self, trainer, pl_module):

@@ -75,7 +75,8 @@ def scheduled_gate(kind: str, epoch: int, epochs: int) -> float:
         (0.9, 0.9)
     """
     if kind == "linear":
-        return 0.1 + 0.8 * epoch / max(epochs - 1, 1)
+        last = max(epochs - 1, 1)
+        return 0.1 + 0.8 * min(epoch, last) / last
     return min(max(1.0 / (1 + epoch), 0.1), 0.9)
 
 
@@ -261,7 +262,9 @@ class LadderSide(SideNetwork):
         self.tap_indices = (0, *(i + 1 for i in self.layers))
         self.gate, self.temperature, self.fuse = gate, temperature, fuse
         self.layout = layout or TokenLayout(1, "token")
-        self.scheduled = scheduled_gate(gate, 0, 1)
+        self.scheduled: Tensor | None  # a buffer, so that it is saved with the weights that were trained at it
+        moves = gate in ("linear", "hyperbolic")
+        self.register_buffer("scheduled", torch.tensor(scheduled_gate(gate, 0, 1)) if moves else None)
         names = [str(i) for i in self.layers]
         self.first = nn.Linear(dim, width)
         self.down = nn.ModuleDict({n: nn.Linear(dim, width) for n in names})
@@ -275,7 +278,8 @@ class LadderSide(SideNetwork):
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
         """Move the scheduled gates; without effect on the others."""
-        self.scheduled = scheduled_gate(self.gate, epoch, epochs)
+        if self.scheduled is not None:
+            self.scheduled.fill_(scheduled_gate(self.gate, epoch, epochs))
 
     def undecayed(self) -> list[nn.Parameter]:
         """The gates."""
@@ -287,7 +291,7 @@ class LadderSide(SideNetwork):
         step: Tensor = self.down[name](tap)
         if self.gate == "none":
             return stream + step
-        mu = ladder_gate(self.gates[name], self.temperature) if self.gate == "learnable" else self.scheduled
+        mu = ladder_gate(self.gates[name], self.temperature) if self.scheduled is None else self.scheduled
         return step + mu * (
             stream - step
         )  # one difference is kept for backward, mu s + (1 - mu) d would keep two terms
