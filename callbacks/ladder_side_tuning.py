@@ -26,8 +26,9 @@ from cl_plugins.adapters.ladder import Drop, Gate, LadderSide, check_layers, kep
 from cl_plugins.adapters.side_bank import Regime, Routing, check_choice
 from cl_plugins.adapters.side_pruning import canonical_weights, fisher_importance, initialize_ladder
 from cl_plugins.backbones import Backbone, find_backbone
+from cl_plugins.batches import hand_over
 from cl_plugins.cached_rows import uncached
-from cl_plugins.evaluation import default_predict, evaluating, split_batch, to_device
+from cl_plugins.evaluation import default_predict, evaluating, split_batch
 from cl_plugins.plugin import module_device
 from cl_plugins.side_network import SideNetwork
 from cl_plugins.tokens import check_tokens, token_layout
@@ -197,7 +198,7 @@ class LadderSideTuning(SideCallback):
 def _singles(loader: Iterable[Any], module: nn.Module) -> Iterator[Any]:
     """Batches of one sample, as ``module`` takes them."""
     for batch in loader:
-        inputs, labels = split_batch(to_device(batch, module_device(module), module))
+        inputs, labels = split_batch(hand_over(batch, module, module_device(module)))
         for i in range(len(labels)):
             yield _sample(inputs, i, len(labels)), labels[i : i + 1]
 

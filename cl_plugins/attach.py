@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,6 +43,28 @@ def freeze(module: nn.Module, except_: Iterable[nn.Module] = ()) -> None:
         if id(parameter) not in kept:
             parameter.requires_grad_(False)
             parameter.grad = None  # a stale gradient would still be applied by an optimizer
+
+
+@contextmanager
+def known_classes(module: nn.Module, own: Tensor) -> Iterator[None]:
+    """Tell plugins that let one task alone answer which classes are compared when the task is known.
+
+    Inside they give logits of these classes, too, below all of the task that they choose.
+
+    Args:
+        module: the one with the plugins; nothing happens where none chooses.
+        own: ``(samples, classes)`` bool, or ``(1, classes)`` where all samples have the same.
+    """
+    plugins = getattr(module, "plugins", None)
+    held = plugins.values() if isinstance(plugins, nn.ModuleDict) else ()
+    told: list[Any] = [plugin for plugin in held if hasattr(plugin, "known_classes")]
+    for plugin in told:
+        plugin.known_classes = own
+    try:
+        yield
+    finally:
+        for plugin in told:
+            plugin.known_classes = None
 
 
 class EvalGuard(nn.Module):

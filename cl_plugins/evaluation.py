@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from cl_plugins.attach import known_classes
 from cl_plugins.batches import hand_over
-from cl_plugins.batches import to_device as to_device
 from cl_plugins.label_scores import SeenLabelScores
 from cl_plugins.plugin import Row, module_device
 from cl_plugins.task import Stream, Task
@@ -110,9 +110,11 @@ def count_task(
     device = owner.device
     counts = torch.zeros(3 + n_tasks, dtype=torch.int64, device=device)
     own = torch.as_tensor(task.classes, device=device)
+    known = torch.zeros(1, len(owner), dtype=torch.bool, device=device).index_fill_(1, own, True)
     for batch in batches:
         _, labels = split_batch(batch)
-        logits = predict(module, batch)[:, : len(owner)]
+        with known_classes(module, known) if labels.ndim == 1 else nullcontext():
+            logits = predict(module, batch)[:, : len(owner)]
         if logits.shape[1] <= max(task.classes):
             raise ValueError(
                 f"the head must have a row for every class, got {logits.shape[1]} outputs for class"

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from cl_plugins.batches import to_device
 from cl_plugins.byte_tokenizer import Tokenizer
-from cl_plugins.evaluation import evaluating, to_device
+from cl_plugins.evaluation import evaluating
 from cl_plugins.plugin import module_device
 
 

@@ -7,7 +7,7 @@ samples that costs more than the model. Here batches mix tasks, and integer coun
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from cl_plugins.attach import known_classes
 from cl_plugins.evaluation import (
     Predict,
     default_predict,
@@ -297,7 +298,8 @@ def evaluate_pooled(
             of_task = owners.to(device, non_blocking=True)
             moved = move(batch)
             _, labels = split_batch(moved)
-            logits = predict(module, moved)[:, : stream.n_classes]
+            with known_classes(module, own[of_task]) if labels.ndim == 1 else nullcontext():
+                logits = predict(module, moved)[:, : stream.n_classes]
             if logits.shape[1] <= least:
                 raise ValueError(
                     f"the head must have a row for every class, got {logits.shape[1]} outputs for class {least};"

@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from cl_plugins import Task, fit_stream
+from cl_plugins.batches import to_device
 from cl_plugins.callbacks import (
     OVOR,
     BalancedEMA,
@@ -29,7 +30,7 @@ from cl_plugins.callbacks import (
     MoRA,
     StreamCheckpoint,
 )
-from cl_plugins.evaluation import count_task, default_predict, evaluate_tasks, to_device
+from cl_plugins.evaluation import count_task, default_predict, evaluate_tasks
 from cl_plugins.inside_tasks import InsideRow
 from cl_plugins.plugin import ContinualCallback
 from cl_plugins.pooled_evaluation import PooledLoader, sample_counts

@@ -10,16 +10,19 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import TensorDataset
 
 from cl_plugins import Task
 from cl_plugins.callbacks import (
+    CacheFeatures,
     HierarchicalSideTuning,
     NearestMean,
     SideTuning,
 )
 from cl_plugins.decay import exempt_from_decay
 from cl_plugins.heads import HIDDEN_LOGIT
-from cl_plugins.scenarios import build_scenario
+from cl_plugins.pooled_evaluation import PooledLoader, evaluate_pooled
+from cl_plugins.scenarios import ClassIncremental, build_scenario
 from cl_plugins.side_network import TapRecord
 from tests._helpers import PlainModule, tiny_stream, tiny_vit
 from tests._side import ALL_METHODS, METHODS, PYRAMID, images, started, train
@@ -162,6 +165,42 @@ def test_routing_against_a_written_out_version(routing, regime):
             inside = rows.unflatten(1, (3, 2)).softmax(2) * p_task[:, :, None]
             joint = rows.softmax(1) if routing == "both" else 0.0
             torch.testing.assert_close(got, (joint + inside.flatten(1)).log(), rtol=1e-4, atol=1e-4)
+
+
+def noisy_stream(signal=0.35):
+    """Three tasks that class means confuse here and there."""
+
+    def data(n, seed):
+        g = torch.Generator().manual_seed(seed)
+        patterns = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(99))
+        labels = torch.arange(6).repeat_interleave(n)
+        return TensorDataset(signal * patterns[labels] + torch.randn(len(labels), 3, 8, 8, generator=g), labels)
+
+    return ClassIncremental(data(30, 0), test=data(30, 1), n_tasks=3, batch_size=8, eval_batch_size=7)
+
+
+@pytest.mark.parametrize(("name", "cache"), [("side-tuning", False), ("side-tuning", True), ("hst", False)])
+def test_one_task_that_answers_alone_counts_the_known_task_by_its_own_side_network(name, cache):
+    stream, module = noisy_stream(), PlainModule(tiny_vit(depth=4))
+    callbacks = [CacheFeatures(progress=False)] if cache else []
+    result = train(module, ALL_METHODS[name](regime="per_task", routing="prototype"), stream, callbacks=callbacks)
+    bank, row = module.plugins["side"].eval(), result.rows[-1]
+    pooled = evaluate_pooled(module, stream, PooledLoader({t: stream.test_loader(t) for t in range(3)}), range(3), 2)
+    for task in stream.tasks:
+        free, known, own = [], [], torch.tensor(task.classes)
+        with torch.no_grad():
+            for x, y in stream.test_loader(task.index):
+                bank.known_task = None
+                logits = module.eval()(x)
+                assert (logits == HIDDEN_LOGIT).sum(1).eq(4).all()  # the answer itself stays as it was
+                free.append(logits.argmax(1) == y)
+                bank.known_task = task.index
+                known.append(own[module(x)[:, own].argmax(1)] == y)
+        bank.known_task = None
+        free, known = torch.cat(free).sum().item(), torch.cat(known).sum().item()
+        assert free < known
+        assert (row.correct[task.index], row.correct_in_task[task.index]) == (free, known)
+        assert (pooled.correct[task.index], pooled.correct_in_task[task.index]) == (free, known)
 
 
 def test_calibration_softens_and_never_sharpens():

@@ -80,6 +80,7 @@ class SideBank(nn.Module):
         self.base: Tensor | None = None
         self.keeps_base = False
         self.known_task: int | None = None
+        self.known_classes: Tensor | None = None
         self.sides = nn.ModuleList()
         self.mix = nn.ParameterList()
         self.router = (router or TaskRouter(head.out_features, head.in_features)) if self.per_task else None
@@ -304,7 +305,21 @@ class SideBank(nn.Module):
                 columns, values = self._rows(own, task)
                 feature[rows] = own.to(feature.dtype)
                 logits[rows[:, None], columns] = values.to(logits.dtype)
+        known = self.known_classes
+        if known is not None and len(known) in (1, len(base)):
+            self._fill_known(record, base, chosen, logits, known)
         return feature, logits
+
+    def _fill_known(self, record: TapRecord, base: Tensor, chosen: Tensor, logits: Tensor, known: Tensor) -> None:
+        """Put the order of a sample's known classes below the logits of the task that answers, as whole numbers."""
+        least = logits.masked_fill(logits == HIDDEN_LOGIT, torch.inf).amin(1, keepdim=True).floor()
+        for task in range(len(self.sides)):
+            columns = (self.owner == task).nonzero()[:, 0]
+            rows = (known[:, columns].any(1) & (chosen != task)).nonzero()[:, 0]
+            if len(rows):
+                _, values = self._rows(self._feature(record.rows(rows), base[rows], task), task)
+                rank = values.argsort(dim=1, descending=True, stable=True).argsort(1)
+                logits[rows[:, None], columns] = least[rows] - 1 - rank.to(logits.dtype)
 
     @torch.no_grad()
     def calibrate(self, logits: Tensor, labels: Tensor) -> None:
