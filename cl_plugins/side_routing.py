@@ -77,6 +77,10 @@ class TaskRouter(ExactBuffers):
         identity = torch.eye(len(within), dtype=within.dtype, device=within.device)
         self.factor.copy_(torch.linalg.solve_triangular(factor, identity, upper=False))  # whitens: F S F' = I
 
+    def knows(self, classes: Tensor) -> bool:
+        """Whether samples of some of the chosen classes were added, ``(classes,)`` bool."""
+        return bool((self.count[classes] > 0).any())
+
     def class_scores(self, features: Tensor) -> Tensor:
         """``(batch, classes)``; minus infinity for classes without samples."""
         features = features.to(self.factor.dtype)

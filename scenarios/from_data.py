@@ -108,7 +108,7 @@ def stream_from(
         labels: an attribute's or column's name, one value per sample, or a function of the index; with ``test`` a pair
             of these is allowed. None looks in the usual places. Text labels are numbered in alphabetical order; the
             stream's ``label_mapping`` says how.
-        test: test data of the same kind; None takes it from ``data``.
+        test: test data of the same kind, for domains a list with one per domain; None takes it from ``data``.
         test_fraction: share of every class that becomes test data when there is none, drawn by ``split_seed``.
         scenario: "class-incremental", "task-incremental", "few-shot", "blurry", "repetition", "online" or
             "domain-incremental".
@@ -118,7 +118,7 @@ def stream_from(
         options: of the scenario's class, such as ``n_tasks``, ``shots``, ``order_seed``, ``batch_size``.
 
     Raises:
-        ValueError: for an unknown scenario, or labels that cannot be found.
+        ValueError: for an unknown scenario, labels that cannot be found, or not one test data set per domain.
         TypeError: for data that are none of these.
 
     Example:
@@ -134,13 +134,25 @@ def stream_from(
     if scenario == "domain-incremental":
         if not isinstance(data, list):
             raise TypeError(f"`data` must be a list with one data set per domain, got {type(data).__name__}")
-        domains = [_resolve(d, labels, None, test_fraction, inputs, split_seed) for d in data]
+        tests = _one_per_domain("test", test, len(data))
+        domains = [_resolve(d, labels, t, test_fraction, inputs, split_seed) for d, t in zip(data, tests, strict=True)]
         return DomainIncremental(domains, split_seed=split_seed, **options)
     if scenario == "online":
         options = {"single_pass": True, "batch_size": 10, **options}
     source = _resolve(data, labels, test, test_fraction, inputs, split_seed)
     stream: TaskStream = _KINDS[scenario](source, split_seed=split_seed, **options)
     return stream
+
+
+def _one_per_domain(name: str, value: Any, n: int) -> list[Any]:
+    """The argument's data of each domain; nothing but None when it is not given."""
+    if value is None:
+        return [None] * n
+    if not isinstance(value, list):
+        raise TypeError(f"`{name}` must be a list with one data set per domain, as `data` is, got {type(value).__name__}")
+    if len(value) != n:
+        raise ValueError(f"`{name}` must hold {n} data sets, one per domain in the order of `data`, got {len(value)}")
+    return value
 
 
 def _resolve(data: Any, labels: Any, test: Any, fraction: float, inputs: str | None, seed: int) -> StreamData:

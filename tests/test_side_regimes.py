@@ -15,6 +15,7 @@ from torch.utils.data import TensorDataset
 from cl_plugins import Task
 from cl_plugins.callbacks import (
     CacheFeatures,
+    ContinualEvaluation,
     HierarchicalSideTuning,
     NearestMean,
     SideTuning,
@@ -201,6 +202,63 @@ def test_one_task_that_answers_alone_counts_the_known_task_by_its_own_side_netwo
         assert free < known
         assert (row.correct[task.index], row.correct_in_task[task.index]) == (free, known)
         assert (pooled.correct[task.index], pooled.correct_in_task[task.index]) == (free, known)
+
+
+class _Validated(PlainModule):
+    """Keeps the accuracy of each validation epoch, and the task it is of."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.seen, self.hits = [], []
+
+    def validation_step(self, batch, batch_idx):
+        self.hits += (self(batch[0]).argmax(1) == batch[1]).tolist()
+
+    def on_validation_epoch_end(self):
+        if not self.trainer.sanity_checking:
+            self.seen.append((self.trainer.datamodule.task, sum(self.hits) / len(self.hits)))
+        self.hits = []
+
+
+@pytest.mark.parametrize("routing", ["prototype", "posterior", "both"])
+@pytest.mark.parametrize("cache", [False, True])
+def test_the_task_under_way_can_be_chosen(routing, cache):
+    module, inside = _Validated(tiny_vit(depth=4)), ContinualEvaluation(every_n_steps=2)
+    callbacks = [inside, CacheFeatures(progress=False)] if cache else [inside]
+    stream = tiny_stream(validation_fraction=0.25)
+    method = METHODS["side-tuning"](regime="per_task", routing=routing)
+    result = train(module, method, stream, callbacks=callbacks, max_epochs=3)
+    assert len(module.seen) == 9
+    assert all(accuracy > 0.8 for _, accuracy in module.seen[2::3])
+    last = {row.task: row for row in inside.rows if not row.end}
+    assert [last[t].correct[t] for t in range(3)] == [result.rows[t].correct[t] for t in range(3)]
+
+
+@pytest.mark.parametrize("routing", ["prototype", "both"])
+def test_a_router_that_was_prepared_is_finished_in_fewer_passes(routing):
+    class Counted(list):
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            return super().__iter__()
+
+    states = []
+    for prepared in (False, True):
+        module, method = tiny_vit(depth=4), METHODS["lst"](regime="per_task", routing=routing)
+        method.install(module)
+        for k in range(2):
+            method.start_task(module, Task(k, (2 * k, 2 * k + 1)))
+            loader = Counted([(images(6, seed=k), torch.tensor([2 * k, 2 * k + 1] * 3))])
+            for _ in range(2 * prepared):
+                method.prepare_router(module, loader)
+            assert loader.passes == prepared
+            with torch.no_grad():
+                module.plugins["side"].active.up.weight.add_(0.1)  # what trains is not in the class means
+            method.fit_router(module, loader)
+            assert loader.passes == (1 if routing == "prototype" else 2)
+        states.append(module.state_dict())
+    assert all(torch.equal(states[0][n], states[1][n]) for n in states[0])
 
 
 def test_calibration_softens_and_never_sharpens():
