@@ -149,7 +149,8 @@ def _one_per_domain(name: str, value: Any, n: int) -> list[Any]:
     if value is None:
         return [None] * n
     if not isinstance(value, list):
-        raise TypeError(f"`{name}` must be a list with one data set per domain, as `data` is, got {type(value).__name__}")
+        kind = type(value).__name__
+        raise TypeError(f"`{name}` must be a list with one data set per domain, as `data` is, got {kind}")
     if len(value) != n:
         raise ValueError(f"`{name}` must hold {n} data sets, one per domain in the order of `data`, got {len(value)}")
     return value

@@ -12,10 +12,9 @@ from benchmarks.options import OPTIONS, check
 from benchmarks.processes import teams
 from cl_plugins import fit_stream, start_task
 from cl_plugins.adapters.hierarchical_side import Downsample
+from cl_plugins.batches import to_device
 from cl_plugins.callbacks import LoRA, NearestMean, RanPAC
 from cl_plugins.closed_form import RidgeHead
-from cl_plugins.batches import to_device
-from cl_plugins.evaluation import 
 from tests._helpers import quiet_trainer
 
 QUICK = {

@@ -74,6 +74,18 @@ def test_folders_as_domains_share_their_numbers_by_name(tmp_path):
     assert stream.tasks[1].class_names == ("bee", "cat")
 
 
+def test_each_domain_has_the_test_data_given_for_it():
+    domains, tests = [domain(0), domain(1)], [domain(10), None]
+    stream = stream_from(domains, test=tests, scenario="domain-incremental")
+    assert stream.provenance()["sizes"] == {"train": [6, 3], "validation": [], "test": [6, 3]}  # None takes a part
+    assert torch.cat([x for x, _ in stream.test_loader(0)]).unique().tolist() == [10]
+    assert torch.cat([x for x, _ in stream.test_loader(1)]).unique().tolist() == [1]
+    with pytest.raises(ValueError, match="`test` must hold 2 data sets, one per domain in the order of `data`, got 1"):
+        stream_from(domains, test=tests[:1], scenario="domain-incremental")
+    with pytest.raises(TypeError, match="`test` must be a list with one data set per domain, as `data` is, got TensorSource"):
+        stream_from(domains, test=domain(10), scenario="domain-incremental")
+
+
 @pytest.mark.parametrize(
     ("domains", "options", "text"),
     [
