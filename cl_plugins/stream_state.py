@@ -181,9 +181,14 @@ class StreamState(Callback):
         self._pending = state_dict["random"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Go on with the random numbers where the checkpoint stopped, and with the right epoch."""
-        self.restore_random_states(trainer)
+        """Go on where the checkpoint stopped: in the data, in the random numbers and in the right epoch."""
         loop: Any = trainer.fit_loop
+        if loop._combined_loader_states_to_load:
+            # something built the loaders before the checkpoint's loops were read, as `estimated_stepping_batches` in
+            # `configure_optimizers` does: Lightning has left them at their beginning
+            loop._load_combined_loader_states()
+            iter(loop._data_fetcher)
+        self.restore_random_states(trainer)
         done = loop.epoch_progress.current
         if getattr(loop, "restarted_mid_epoch", False) and done.processed == done.started:
             # resumed behind an epoch's last step: Lightning would not count the epoch that begins now, and a second

@@ -1,5 +1,6 @@
 """A stream that is stopped anywhere goes on as if it had not been."""
 
+import importlib
 import os
 import random
 import signal
@@ -10,12 +11,14 @@ import pytorch_lightning as pl
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import TensorDataset
 
 from cl_plugins import fit_stream
 from cl_plugins.callbacks import BalancedEMA, ForgettingDashboard, ForgettingTracker, MaskedHead, StreamCheckpoint
 from cl_plugins.checkpoint_files import checkpoint_files, damage, newest_intact, publish
 from cl_plugins.plugin import ContinualCallback
 from cl_plugins.runs import read_run
+from cl_plugins.scenarios import ClassIncremental
 from cl_plugins.stream_checkpoint import StreamStopped
 from tests._helpers import PlainModule, quiet_trainer, tiny_stream
 
@@ -298,3 +301,49 @@ def test_an_average_that_counts_its_steps_goes_on_inside_a_task(tmp_path, step):
     with pytest.raises(RuntimeError, match="power failure"):
         _run(tmp_path / "cut", average(), Fail(step=step), every_n_steps=1)
     _same(whole, _run(tmp_path / "cut", average(), resume=True, every_n_steps=1), tmp_path / "cut")
+
+
+@pytest.mark.parametrize("package", ["pytorch_lightning", "lightning.pytorch"])
+@pytest.mark.parametrize("step", [2, 5, 10])
+def test_a_schedule_over_the_estimated_steps_goes_on_with_the_same_samples(tmp_path, package, step):
+    """Asking how many steps there are builds the loaders before the position in them is known."""
+    lightning = importlib.import_module(package)
+    ids: list[list[float]] = []
+
+    class OneCycle(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = torch.nn.Linear(1, 4)
+
+        def forward(self, x):
+            return self.net(x)
+
+        def training_step(self, batch, batch_idx):
+            ids.append(batch[0].flatten().tolist())
+            return torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=1e-3)
+            steps = self.trainer.estimated_stepping_batches
+            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
+            return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    def run(folder, *callbacks, resume=None):
+        pl.seed_everything(5, verbose=False)
+        data = TensorDataset(torch.arange(32.0)[:, None], torch.arange(32) % 4)
+        stream = ClassIncremental(data, test=data, n_tasks=2, batch_size=4)
+        saver = StreamCheckpoint(folder, every_n_steps=1)
+        module = OneCycle()
+        trainer = quiet_trainer(lightning.Trainer, callbacks=[*callbacks, saver], enable_checkpointing=True)
+        fit_stream(trainer, module, stream, resume)
+        return module, trainer.lr_scheduler_configs[0].scheduler.last_epoch
+
+    whole, expected = run(tmp_path / "whole"), list(ids)
+    ids.clear()
+    with pytest.raises(RuntimeError, match="power failure"):
+        run(tmp_path / "cut", Fail(step))
+    assert len(ids) == step
+    resumed = run(tmp_path / "cut", resume="last")
+    assert ids == expected
+    assert resumed[1] == whole[1]
+    assert all(torch.equal(v, resumed[0].state_dict()[k]) for k, v in whole[0].state_dict().items())
