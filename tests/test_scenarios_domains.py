@@ -82,7 +82,9 @@ def test_each_domain_has_the_test_data_given_for_it():
     assert torch.cat([x for x, _ in stream.test_loader(1)]).unique().tolist() == [1]
     with pytest.raises(ValueError, match="`test` must hold 2 data sets, one per domain in the order of `data`, got 1"):
         stream_from(domains, test=tests[:1], scenario="domain-incremental")
-    with pytest.raises(TypeError, match="`test` must be a list with one data set per domain, as `data` is, got TensorSource"):
+    with pytest.raises(
+        TypeError, match="`test` must be a list with one data set per domain, as `data` is, got TensorSource"
+    ):
         stream_from(domains, test=domain(10), scenario="domain-incremental")
 
 
