@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 class SideCallback(FrozenBackbone):
     """Base of the side-tuning methods; a subclass says how a side network is built.
 
-    WHEN: freezes and attaches at ``setup``; adds or freezes side networks before each task; fits the router behind it.
+    WHEN: freezes and attaches at ``setup``; adds or freezes side networks before each task. Class means of the frozen
+        feature, which tell tasks apart, are taken before a task (of the first one behind it), temperatures behind it.
 
     Args:
         regime: "shared", "first_session", "per_task" or "per_task_dense", see :mod:`cl_plugins.adapters.side_bank`.
@@ -137,23 +138,37 @@ class SideCallback(FrozenBackbone):
                 self.initialize_side(module, bank.active)
 
     @torch.no_grad()
-    def fit_router(self, module: nn.Module, loader: Iterable[Any]) -> None:
-        """Add the newest task to what tells tasks apart, and calibrate its logits; for hand-written loops.
+    def prepare_router(self, module: nn.Module, loader: Iterable[Any]) -> None:
+        """Add the newest task to what tells tasks apart, so that it is chosen while it trains; for hand-written loops.
+
+        Its temperature is 1 until :meth:`fit_router`. A repeated call changes nothing.
 
         Args:
-            module: where :meth:`install` was called.
-            loader: the task's training data, in a fixed order and without augmentation; read twice.
+            module: where :meth:`start_task` was called.
+            loader: the task's training data, in a fixed order and without augmentation; read once.
         """
-        bank, head = self.bank(module), self.find(module)
-        if bank.router is None:
+        bank = self.bank(module)
+        if bank.router is None or bank.router.knows(bank.owner == len(bank.sides) - 1):
             return
         bank.bypass = True
         try:
-            features, labels = collect_features(module, head, loader)
+            features, labels = collect_features(module, self.find(module), loader)
         finally:
             bank.bypass = False
         bank.router.accumulate(gather_rows(features), gather_rows(labels))
-        if self.routing == "prototype":
+
+    @torch.no_grad()
+    def fit_router(self, module: nn.Module, loader: Iterable[Any]) -> None:
+        """Do what is left of :meth:`prepare_router`, and calibrate the task's logits; for hand-written loops.
+
+        Args:
+            module: where :meth:`install` was called.
+            loader: the task's training data, in a fixed order and without augmentation; read twice, and once behind
+                :meth:`prepare_router`.
+        """
+        self.prepare_router(module, loader)
+        bank, head = self.bank(module), self.find(module)
+        if bank.router is None or self.routing == "prototype":
             return
         known, bank.known_task = bank.known_task, len(bank.sides) - 1
         try:
@@ -196,12 +211,17 @@ class SideCallback(FrozenBackbone):
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
         """Prepare the task, and take starting weights from its data where the method asks for them."""
         super().on_task_start(trainer, pl_module, task)
-        if self._grew and self._stream is not None and not (self.warm_start and task.index):
-            pl_module.to(trainer.strategy.root_device)
+        if not self._grew or self._stream is None:
+            return
+        pl_module.to(trainer.strategy.root_device)
+        if not (self.warm_start and task.index):
             self.initialize(pl_module, self._stream.train_loader_for_features(task.index))
+        if len(self.bank(pl_module).sides) > 1:  # one alone answers for all samples
+            with torch.random.fork_rng():  # iterating draws, and what other plugins draw stays the same
+                self.prepare_router(pl_module, self._stream.train_loader_for_features(task.index))
 
     def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
-        """Finish the task and fit the router."""
+        """Finish the task, and fit what is left of the router."""
         super().on_task_end(trainer, pl_module, task)
         if self.bank(pl_module).per_task and self._stream is not None:
             pl_module.to(trainer.strategy.root_device)
