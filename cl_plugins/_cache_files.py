@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import socket
+import time
 import zlib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,10 @@ LABELS = "labels"
 """Name of the array that holds the labels."""
 
 _PAGE = 4096
+_PATIENCE = 30.0
+"""Seconds that a lock is waited for while nothing changes; who holds it renames, and writes a manifest of some KB."""
+_ABANDONED = 86400.0
+"""Seconds after which what another computer began to write, and left as it was, may go."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,8 @@ class MemoryRows:
 class EntryFile:
     """Takes rows of arrays in order, into a temporary file that becomes an entry at the end.
 
+    Where another run has filled the same entry meanwhile, that one stays, since others may be reading it.
+
     Args:
         n: rows in all.
         rows: first rows of each array, for their shapes.
@@ -128,7 +137,9 @@ class EntryFile:
         self.size = max(offset, 1)
         self.crc = dict.fromkeys(self.segments, 0)
         self.path = folder / f"{name}-{os.urandom(4).hex()}.bin"  # a name that no manifest knows yet
-        self.temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
+        self.temporary = self.path.with_name(f"{self.path.name}.{_host()}.{os.getpid()}.tmp")
+        self.manifest = folder / f"{name}.json"
+        self.before = _content(self.manifest)
         self.file = open(self.temporary, "wb")  # noqa: SIM115  closed by finish() or abort()
         try:
             if hasattr(os, "posix_fallocate"):
@@ -159,7 +170,7 @@ class EntryFile:
                 raise self._explained(error) from error
 
     def finish(self, key: Mapping[str, Any], labels: Tensor) -> None:
-        """Sync, rename, and only then write the manifest."""
+        """Sync, rename, and only then write the manifest; one run at a time, as each deletes what no manifest names."""
         self.write(0, {LABELS: labels})
         try:
             self.file.flush()
@@ -167,13 +178,34 @@ class EntryFile:
         except OSError as error:
             raise self._explained(error) from error
         self.file.close()
-        os.replace(self.temporary, self.path)
-        segments = [{**asdict(s), "crc32": self.crc[s.name]} for s in self.segments.values()]
-        manifest = {"format": FORMAT, "key": dict(key), "data": self.path.name, "segments": segments}
-        _write_synced(self.folder / f"{self.name}.json", json.dumps(manifest, indent=1))
-        for old in self.folder.glob(f"{self.name}-*.bin*"):
-            if old != self.path and not _being_written(old):
-                old.unlink(missing_ok=True)
+        segments = [replace(s, crc32=self.crc[s.name]) for s in self.segments.values()]
+        with _alone(self.folder / f"{self.name}.lock"):
+            held, same_values = self._held(key, segments)
+            if held is not None and _content(self.manifest) != self.before:
+                self.temporary.unlink(missing_ok=True)  # another run was faster, and may read its entry already
+                return
+            if held is not None and same_values:
+                self.path = held  # nobody who has read the manifest finds the file gone
+            os.utime(self.temporary)
+            os.replace(self.temporary, self.path)
+            if self.path != held:
+                listed = [asdict(s) for s in segments]
+                manifest = {"format": FORMAT, "key": dict(key), "data": self.path.name, "segments": listed}
+                _write_synced(self.manifest, json.dumps(manifest, indent=1))
+            now = self.path.stat().st_mtime  # by the folder's own clock, as are the others'
+            for old in self.folder.glob(f"{self.name}-*.bin*"):
+                if old != self.path and not _being_written(old, now):
+                    old.unlink(missing_ok=True)
+
+    def _held(self, key: Mapping[str, Any], segments: list[Segment]) -> tuple[Path | None, bool]:
+        """The data file of a whole entry of the same key, and whether its values are those of ``segments``."""
+        if not self.manifest.is_file():
+            return None, False
+        try:
+            stored, data, there = read_manifest(self.manifest)
+        except ValueError:
+            return None, False  # damaged
+        return (data, there == segments) if stored == json.loads(json.dumps(dict(key))) else (None, False)
 
     def abort(self) -> None:
         """Leave nothing behind."""
@@ -181,11 +213,63 @@ class EntryFile:
         self.temporary.unlink(missing_ok=True)
 
 
-def _being_written(path: Path) -> bool:
-    """Whether a temporary file belongs to a process that lives; what killed ones left may go."""
-    pid = path.suffixes[-2][1:] if path.suffix == ".tmp" and len(path.suffixes) > 1 else ""
-    if not pid.isdigit():
+def _host() -> str:
+    """This computer, in a few characters that a file's name can have."""
+    return f"{zlib.crc32(socket.gethostname().encode()):08x}"
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Let one process at a time inside, on network folders as well; what a killed one left goes after a while."""
+    seen: tuple[int, int] | None = None
+    since = time.monotonic()
+    while True:
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            break
+        except FileExistsError:
+            now = _identity(path)
+            if now != seen:
+                seen, since = now, time.monotonic()
+            elif now is not None and time.monotonic() - since > _PATIENCE:
+                path.unlink(missing_ok=True)
+            time.sleep(0.01)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells a file from another one of the same name; None when there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def _being_written(path: Path, now: float) -> bool:
+    """Whether a temporary file belongs to a process that lives; what killed ones left may go.
+
+    Those of other computers count as alive until they are a day old at ``now``.
+    """
+    *_, host, pid = ["", "", *path.suffixes[:-1]] if path.suffix == ".tmp" else ["", ""]
+    if not pid[1:].isdigit():
         return False
+    if host != f".{_host()}":
+        try:
+            return now - path.stat().st_mtime < _ABANDONED
+        except FileNotFoundError:
+            return False
+    pid = pid[1:]
     try:
         os.kill(int(pid), 0)
     except ProcessLookupError:

@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from cl_plugins import _cache_files
+from cl_plugins._cache_files import EntryFile
 from cl_plugins.cache_entry import CacheEntry
 from cl_plugins.feature_cache import CacheKey, FeatureCache, tensor_digest
 
@@ -314,6 +316,73 @@ def test_a_kill_while_filling_leaves_the_old_entry_or_none(tmp_path, before):
         check(entry)
     check(FeatureCache(tmp_path).fill(KEY, batches(), 10))
     assert len(list(tmp_path.iterdir())) == 2  # what the killed process left is gone
+
+
+_RACER = """
+import sys
+from cl_plugins.feature_cache import FeatureCache
+from tests.test_feature_cache import KEY, batches, check
+for _ in range(40):
+    check(FeatureCache(sys.argv[1], byte_budget=0).fill(KEY, batches(), 10))
+    check(FeatureCache(sys.argv[1], byte_budget=0).open(KEY))
+"""
+
+
+def test_two_processes_that_fill_one_folder_leave_it_whole(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    command = [sys.executable, "-c", _RACER, str(tmp_path)]
+    runs = [subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, text=True) for _ in range(2)]
+    failures = [run.communicate()[1] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], failures
+    check(FeatureCache(tmp_path).open(KEY))
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".bin", ".json"]
+
+
+@pytest.mark.parametrize("change", [{}, {"weights": "other"}])
+def test_of_two_runs_at_once_the_first_entry_of_a_key_stays(tmp_path, change):
+    arrays, labels = rows()
+    first, second = (EntryFile(10, arrays, {}, tmp_path, KEY.name) for _ in range(2))
+    first.write(0, arrays)
+    first.finish(asdict(KEY), labels)
+    reader = FeatureCache(tmp_path, byte_budget=0).open(KEY)
+    second.write(0, {k: v + 1 for k, v in arrays.items()})  # other bits, as another processor may compute
+    second.finish(asdict(replace(KEY, **change)), labels)
+    check(reader)  # the mapped file, deleted or not
+    found = FeatureCache(tmp_path).open(replace(KEY, **change))
+    torch.testing.assert_close(found.arrays["tap.1"], arrays["tap.1"] + bool(change))
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".bin", ".json"]
+
+
+def test_a_refill_with_the_same_values_keeps_the_name_and_mends_the_file(tmp_path):
+    FeatureCache(tmp_path).fill(KEY, batches(), 10)
+    reader, data = FeatureCache(tmp_path, byte_budget=0).open(KEY), next(tmp_path.glob("*.bin"))
+    FeatureCache(tmp_path).fill(KEY, batches(), 10)
+    check(reader)
+    assert next(tmp_path.glob("*.bin")) == data
+    data.write_bytes(bytes(data.stat().st_size))
+    check(FeatureCache(tmp_path).fill(KEY, batches(), 10))
+    data.unlink()
+    check(FeatureCache(tmp_path).fill(KEY, batches(), 10))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_lock_that_a_killed_process_left_is_taken_after_a_while(tmp_path, monkeypatch):
+    monkeypatch.setattr(_cache_files, "_PATIENCE", 0.2)
+    (tmp_path / f"{KEY.name}.lock").touch()
+    started = time.monotonic()
+    check(FeatureCache(tmp_path).fill(KEY, batches(), 10))
+    assert time.monotonic() - started > 0.2
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_another_computer_writes_stays_for_a_day(tmp_path):
+    other = tmp_path / f"{KEY.name}-00c0ffee.bin.00000000.{2**22 + 1}.tmp"  # no process here has that number
+    other.touch()
+    FeatureCache(tmp_path).fill(KEY, batches(), 10)
+    assert other.exists()
+    os.utime(other, (0, 0))
+    FeatureCache(tmp_path).fill(KEY, batches(), 10)
+    assert not other.exists()
 
 
 def test_digests_tell_values_names_shapes_and_dtypes_apart():
