@@ -171,14 +171,15 @@ def _candidates(
     candidates: list[Backbone] = []
     for path, child in module.named_modules():
         inside = any(path.startswith(f"{c.name}.") or c.name == "" for c in candidates)
-        found = None if inside or id(child) in ours else as_backbone(path, child)
+        wrapper = "_orig_mod" in child._modules  # of `torch.compile`; what it wraps is visited next
+        found = None if inside or wrapper or id(child) in ours else as_backbone(path, child)
         if found is not None:
             candidates.append(found)
     return candidates
 
 
 def find_backbone(module: nn.Module, name: str | None = None, *, text: bool = False) -> Backbone:
-    """The one transformer in ``module``.
+    """The one transformer in ``module``; where ``torch.compile`` wraps it, what is inside the wrapper.
 
     Args:
         module: a LightningModule or any other module that holds, or is, a timm ViT or an open_clip vision tower.
@@ -198,6 +199,8 @@ def find_backbone(module: nn.Module, name: str | None = None, *, text: bool = Fa
         names = dict(module.named_modules())
         if name not in names:
             raise ValueError(f"`backbone` must be a submodule's name, got {name!r}{did_you_mean(name, names)}")
+        if "_orig_mod" in names[name]._modules:  # of `torch.compile`
+            name = f"{name}._orig_mod".lstrip(".")
         found = _as_backbone(name, names[name])
         if found is None and text:
             found = _as_text_tower(name, names[name])

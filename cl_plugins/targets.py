@@ -152,7 +152,8 @@ def find_sites(
     """
     if qkv_mode not in ("split", "fused"):
         raise ValueError(f"`qkv_mode` must be 'split' or 'fused', got {qkv_mode!r}")
-    modules = {n: m for n, m in module.named_modules() if n != "plugins" and not n.startswith("plugins.")}
+    names = {n.replace("_orig_mod.", ""): m for n, m in module.named_modules()}  # as without `torch.compile`
+    modules = {n: m for n, m in names.items() if n != "plugins" and not n.startswith("plugins.")}
     sites, impossible = _sites(modules, qkv_mode)
     virtual = {
         f"{name[: -len('in_proj')]}{projection}": (name, part)

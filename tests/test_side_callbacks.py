@@ -18,14 +18,16 @@ from torch.nn.functional import cross_entropy
 from cl_plugins import fit_stream
 from cl_plugins.adapters.hierarchical_side import HierarchicalFeatures
 from cl_plugins.adapters.ladder import scheduled_gate
-from cl_plugins.backbones import vit_glyph
+from cl_plugins.backbones import find_backbone, vit_glyph
 from cl_plugins.callbacks import (
     CacheFeatures,
+    FrozenBackbone,
     HierarchicalSideTuning,
     LadderSideTuning,
     LeanHierarchicalSideTuning,
 )
 from cl_plugins.heads import HIDDEN_LOGIT
+from cl_plugins.targets import find_sites
 from tests._helpers import PlainModule, quiet_trainer, tiny_stream, tiny_vit
 from tests._side import ALL_METHODS, METHODS, PYRAMID, ClipModule, clip_tower, images, started, train
 
@@ -187,6 +189,32 @@ def test_resume_inside_a_task_equals_an_uninterrupted_run(tmp_path, cache, gate)
     assert len(resumed.plugins["side"].sides) == 3
     for (name, a), (_, b) in zip(straight.state_dict().items(), resumed.state_dict().items(), strict=True):
         assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("method", [METHODS["lst"], FrozenBackbone])
+def test_a_compiled_backbone_inside_the_module_trains_the_same(method):
+    def run(compiled):
+        vit = tiny_vit(depth=4)
+        model = torch.compile(vit, backend="eager") if compiled else vit
+        with torch.no_grad():
+            model(images())  # hooks come after a first call
+        module = PlainModule(model)
+        result = train(module, method(), tiny_stream(2, n_per_class=8), max_epochs=1)
+        return result.rows[-1].correct, {k.replace("._orig_mod", ""): v for k, v in module.state_dict().items()}
+
+    torch._dynamo.reset()
+    (correct, plain), (same, state) = run(False), run(True)
+    assert correct == same
+    torch.testing.assert_close(state, plain)
+
+
+def test_the_backbone_is_found_inside_the_wrapper_of_a_compiled_one():
+    module, clip = PlainModule(torch.compile(tiny_vit(), backend="eager")), ClipModule(clip_tower())
+    assert find_backbone(module).model is find_backbone(module, "model").model is module.model._orig_mod
+    assert find_sites(module, ["fc2"])[0].name == "model.blocks.0.mlp.fc2"
+    clip.tower = torch.compile(clip.tower, backend="eager")
+    assert find_backbone(clip).name == find_backbone(clip, "tower").name == "tower._orig_mod"
+    assert find_backbone(module.model).model is find_backbone(module.model, "").model is module.model._orig_mod
 
 
 @pytest.mark.slow
