@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
@@ -80,6 +81,10 @@ class SideCallback(FrozenBackbone):
 
     def initialize(self, module: nn.Module, loader: Iterable[Any]) -> None:
         """Give a new side network its first weights from the task's data; :func:`~cl_plugins.fit_stream` calls it."""
+
+    def reads_data(self) -> bool:
+        """Whether :meth:`initialize` takes something from the task's data."""
+        return False
 
     def grows(self) -> bool:
         """Whether each task gets a side network of its own."""
@@ -211,10 +216,20 @@ class SideCallback(FrozenBackbone):
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: Task) -> None:
         """Prepare the task, and take starting weights from its data where the method asks for them."""
         super().on_task_start(trainer, pl_module, task)
-        if not self._grew or self._stream is None:
+        if not self._grew:
+            return
+        fresh = not (self.warm_start and task.index)
+        if self._stream is None:
+            if fresh and self.reads_data():
+                warnings.warn(
+                    f"`{type(self).__name__}` takes the first weights of its side network from the task's data, which a"
+                    " Trainer alone does not hand out before training, so they stay random here; train with"
+                    " fit_stream(trainer, module, stream), or call `start_task` and `initialize` in a loop of your own",
+                    stacklevel=2,
+                )
             return
         pl_module.to(trainer.strategy.root_device)
-        if not (self.warm_start and task.index):
+        if fresh:
             self.initialize(pl_module, self._stream.train_loader_for_features(task.index))
         if len(self.bank(pl_module).sides) > 1:  # one alone answers for all samples
             with torch.random.fork_rng():  # iterating draws, and what other plugins draw stays the same

@@ -145,6 +145,10 @@ class LadderSideTuning(SideCallback):
         if self.init == "magnitude":
             initialize_ladder(cast(LadderSide, side), find_backbone(module, self.backbone, text=True), self.reduction)
 
+    def reads_data(self) -> bool:
+        """Whether weights are chosen by Fisher information."""
+        return self.init == "fisher"
+
     def initialize(self, module: nn.Module, loader: Iterable[Any]) -> None:
         """Copy rows of the backbone, chosen by Fisher information on the task's data; for hand-written loops.
 

@@ -98,6 +98,10 @@ class SideTuning(SideCallback):
             return partial(AlphaSide, head.in_features, self.width, self.merge, vocabulary=vocabulary, ends=ends)
         return partial(AlphaSide, head.in_features, self.width, self.merge, image_channels(backbone))
 
+    def reads_data(self) -> bool:
+        """Whether the side network is distilled."""
+        return self.distill_epochs > 0
+
     def initialize(self, module: nn.Module, loader: Iterable[Any]) -> None:
         """Let the new side network learn the backbone's feature; for hand-written loops.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from itertools import pairwise
 
 import pytest
@@ -25,7 +26,7 @@ from cl_plugins.heads import HIDDEN_LOGIT
 from cl_plugins.pooled_evaluation import PooledLoader, evaluate_pooled
 from cl_plugins.scenarios import ClassIncremental, build_scenario
 from cl_plugins.side_network import TapRecord
-from tests._helpers import PlainModule, tiny_stream, tiny_vit
+from tests._helpers import PlainModule, quiet_trainer, tiny_stream, tiny_vit
 from tests._side import ALL_METHODS, METHODS, PYRAMID, images, started, train
 
 # regimes
@@ -352,6 +353,25 @@ def test_fisher_start_is_refused_where_the_loss_does_not_depend_on_the_backbone(
     nn.init.zeros_(module.model.head.weight)
     with pytest.raises(RuntimeError, match=r"`init='fisher'` must find a loss .* init='magnitude'"):
         train(module, METHODS["lst"](init="fisher", fisher_samples=4))
+
+
+@pytest.mark.parametrize(
+    ("method", "warns"),
+    [
+        (lambda: METHODS["lst"](init="fisher"), True),
+        (lambda: SideTuning(width=4), True),
+        (METHODS["lst"], False),
+        (lambda: SideTuning(width=4, distill_epochs=0), False),
+    ],
+)
+def test_first_weights_from_data_are_missed_aloud_where_there_is_no_stream(method, warns):
+    trainer = quiet_trainer(callbacks=[method()], max_epochs=1, limit_train_batches=1, limit_val_batches=0)
+    stream = tiny_stream()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(PlainModule(tiny_vit(depth=4)), datamodule=stream)
+    told = [w for w in caught if "train with fit_stream" in str(w.message)]
+    assert len(told) == warns
 
 
 def test_distillation_brings_the_side_network_to_the_backbone():
