@@ -121,9 +121,10 @@ class DomainIncremental(TaskStream):
         train, validation = _by_part([d.train for d in given], [f[0] for f in found]), None
         if validation_fraction:
             train, validation = _hold_out(train, validation_fraction, check_seed("split_seed", split_seed))
-        held = [f[2] for f in found if f[2] is not None]
-        if not validation_fraction and len(held) == len(given):
-            validation = _by_part([d.validation for d in given], held)
+        elif any(f[2] is not None for f in found):  # a domain without validation data has none of its training data
+            held = [FoundLabels(np.full(len(f[0].values), -1)) if f[2] is None else f[2] for f in found]
+            sources = [d.train if f[2] is None else d.validation for d, f in zip(given, found, strict=True)]
+            validation = _by_part(sources, held)
         present = [np.unique(f[0].values[f[0].values >= 0]).tolist() for f in found]
         every = sorted({c for own in present for c in own})
         text_of = Prepared(given[0], found[0][0], found[0][1], None, every)
@@ -182,7 +183,7 @@ def _label_all(given: Sequence[StreamData], labels: Labels | None) -> list[_Foun
         (
             align_labels(reference, train),
             align_labels(reference, test),
-            None if validation is None else align_labels(reference, validation),
+            None if validation is None else align_labels(reference, validation, "validation"),
         )
         for train, test, validation in found
     ]

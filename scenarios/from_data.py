@@ -33,7 +33,8 @@ _KINDS: dict[str, Any] = {
     "domain-incremental": DomainIncremental,
 }
 _INPUT_COLUMNS = ("image", "img", "pixel_values", "text", "sentence")
-_TEST_KEYS = ("test", "validation", "valid", "val")
+_VALIDATION_KEYS = ("validation", "valid", "val")
+_TEST_KEYS = ("test", *_VALIDATION_KEYS)
 
 
 class Column:
@@ -93,6 +94,7 @@ def stream_from(
     labels: Any = None,
     *,
     test: Any = None,
+    validation: Any = None,
     test_fraction: float = 0.2,
     scenario: str = "class-incremental",
     inputs: str | None = None,
@@ -103,12 +105,15 @@ def stream_from(
 
     Args:
         data: a map dataset, a pair ``(inputs, labels)`` of tensors or arrays, inputs alone with ``labels``, a Hugging
-            Face ``Dataset`` or a dict of them with "train" and "test", a folder with one folder of images per class (or
-            ``train`` and ``test`` with such), a jsonl file; for domains a list of any of these.
-        labels: an attribute's or column's name, one value per sample, or a function of the index; with ``test`` a pair
-            of these is allowed. None looks in the usual places. Text labels are numbered in alphabetical order; the
-            stream's ``label_mapping`` says how.
+            Face ``Dataset`` or a dict of them with "train", "test" and "validation", a folder with one folder of images
+            per class (or ``train``, ``test`` and ``validation`` with such), a jsonl file; for domains a list of any of
+            these. Where "test" is missing, "validation" is the test data.
+        labels: an attribute's or column's name, one value per sample, or a function of the index; with ``test`` or
+            ``validation`` a tuple with one of these for each, in this order. None looks in the usual places. Text
+            labels are numbered in alphabetical order; the stream's ``label_mapping`` says how.
         test: test data of the same kind, for domains a list with one per domain; None takes it from ``data``.
+        validation: validation data, likewise; None takes what ``data`` names so, else ``validation_fraction`` of the
+            training data.
         test_fraction: share of every class that becomes test data when there is none, drawn by ``split_seed``.
         scenario: "class-incremental", "task-incremental", "few-shot", "blurry", "repetition", "online" or
             "domain-incremental".
@@ -118,7 +123,8 @@ def stream_from(
         options: of the scenario's class, such as ``n_tasks``, ``shots``, ``order_seed``, ``batch_size``.
 
     Raises:
-        ValueError: for an unknown scenario, labels that cannot be found, or not one test data set per domain.
+        ValueError: for an unknown scenario, labels that cannot be found, not one test data set per domain, or
+            ``validation_fraction`` beside validation data.
         TypeError: for data that are none of these.
 
     Example:
@@ -134,12 +140,19 @@ def stream_from(
     if scenario == "domain-incremental":
         if not isinstance(data, list):
             raise TypeError(f"`data` must be a list with one data set per domain, got {type(data).__name__}")
-        tests = _one_per_domain("test", test, len(data))
-        domains = [_resolve(d, labels, t, test_fraction, inputs, split_seed) for d, t in zip(data, tests, strict=True)]
+        parts = zip(
+            data,
+            _one_per_domain("test", test, len(data)),
+            _one_per_domain("validation", validation, len(data)),
+            strict=True,
+        )
+        domains = [_resolve(*part, labels, test_fraction, inputs, split_seed) for part in parts]
+        _check_validation(domains, options)
         return DomainIncremental(domains, split_seed=split_seed, **options)
     if scenario == "online":
         options = {"single_pass": True, "batch_size": 10, **options}
-    source = _resolve(data, labels, test, test_fraction, inputs, split_seed)
+    source = _resolve(data, test, validation, labels, test_fraction, inputs, split_seed)
+    _check_validation([source], options)
     stream: TaskStream = _KINDS[scenario](source, split_seed=split_seed, **options)
     return stream
 
@@ -156,26 +169,46 @@ def _one_per_domain(name: str, value: Any, n: int) -> list[Any]:
     return value
 
 
-def _resolve(data: Any, labels: Any, test: Any, fraction: float, inputs: str | None, seed: int) -> StreamData:
+def _check_validation(sources: list[StreamData], options: Mapping[str, Any]) -> None:
+    fraction = options.get("validation_fraction")
+    if fraction and any(source.validation is not None for source in sources):
+        raise ValueError(
+            f"`validation_fraction` must be left out where there are validation data, got {fraction!r};"
+            " leave out one of them"
+        )
+
+
+def _resolve(
+    data: Any, test: Any, validation: Any, labels: Any, fraction: float, inputs: str | None, seed: int
+) -> StreamData:
     name = "data" if isinstance(data, tuple | list | Mapping | Tensor | np.ndarray) else type(data).__name__.lower()
     if isinstance(data, str | Path):
         name = Path(data).stem.lower()
         data = _read_path(Path(data).expanduser())
     if isinstance(data, Mapping):
-        key = next((k for k in _TEST_KEYS if k in data), None)
         if "train" not in data:
             raise ValueError(f"`data` must have the key 'train', got {', '.join(map(str, data))}")
-        data, test = data["train"], data[key] if test is None and key is not None else test
-    pair = labels if isinstance(labels, tuple) and len(labels) == 2 and test is not None else (labels, labels)
-    train_source, train = _source(data, pair[0], inputs)
+        test_key = next((k for k in _TEST_KEYS if k in data), None) if test is None else None
+        key = next((k for k in _VALIDATION_KEYS if k in data and k != test_key), None)
+        if validation is None and key is not None:
+            validation = data[key]
+        data, test = data["train"], test if test_key is None else data[test_key]
+    n_parts = 1 + (test is not None) + (validation is not None)
+    each = list(labels) if isinstance(labels, tuple) and len(labels) == n_parts > 1 else [labels] * n_parts
+    train_source, train = _source(data, each[0], inputs)
+    valid_source, valid = None, None
+    if validation is not None:
+        valid_source, found = _source(validation, each[-1], inputs)
+        valid = align_labels(train, found, "validation")
     if test is not None:
-        test_source, found = _source(test, pair[1], inputs)
-        return StreamData(train_source, test_source, name=name, found=(train, align_labels(train, found), None))
+        test_source, found = _source(test, each[1], inputs)
+        aligned = align_labels(train, found)
+        return StreamData(train_source, test_source, valid_source, name=name, found=(train, aligned, valid))
     rank = rank_in_class(train.values, words(SPLIT, seed, 1, np.arange(len(train.values))))
     counts = np.bincount(train.values)
     held = rank < np.minimum(np.maximum(np.round(fraction * counts), 1), counts - 1)[train.values]
     halves = [FoundLabels(np.where(part, train.values, -1), train.names, train.mapping) for part in (~held, held)]
-    return StreamData(train_source, train_source, name=name, found=(halves[0], halves[1], None))
+    return StreamData(train_source, train_source, valid_source, name=name, found=(halves[0], halves[1], valid))
 
 
 def _read_path(path: Path) -> Any:

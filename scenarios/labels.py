@@ -165,8 +165,13 @@ def _own_names(data: Any) -> Sequence[str]:
     return ()
 
 
-def align_labels(reference: FoundLabels, other: FoundLabels) -> FoundLabels:
+def align_labels(reference: FoundLabels, other: FoundLabels, part: str = "test") -> FoundLabels:
     """``other`` in the numbers of ``reference``: two folders number their classes alike only if they hold the same.
+
+    Args:
+        reference: labels of the training data.
+        other: labels of other data.
+        part: what the other data are, for the errors.
 
     Raises:
         ValueError: when ``other`` has samples of classes that ``reference`` does not name, or when one has text and the
@@ -175,7 +180,7 @@ def align_labels(reference: FoundLabels, other: FoundLabels) -> FoundLabels:
     if (reference.mapping is None) != (other.mapping is None) and not (reference.names and other.names):
         kinds = ["integers" if found.mapping is None else "text" for found in (reference, other)]
         raise ValueError(
-            f"`labels` must be text in training and test data, or integers in both, got {kinds[0]} and {kinds[1]};"
+            f"`labels` must be text in training and {part} data, or integers in both, got {kinds[0]} and {kinds[1]};"
             " number the text as the training data are numbered"
         )
     if not reference.names or not other.names or reference.names == other.names:
@@ -189,7 +194,7 @@ def align_labels(reference: FoundLabels, other: FoundLabels) -> FoundLabels:
     if (values[used] < 0).any():
         lost = sorted({other.names[v] for v in np.unique(other.values[used & (values < 0)])})
         raise ValueError(
-            f"`test` must hold classes of the training data only, got {', '.join(lost[:5])} as well;"
+            f"`{part}` must hold classes of the training data only, got {', '.join(lost[:5])} as well;"
             " remove them, or add training samples"
         )
     return FoundLabels(values, reference.names, reference.mapping)

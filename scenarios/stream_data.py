@@ -124,7 +124,7 @@ def prepare(data: StreamData, labels: Labels | None) -> Prepared:
     test = align_labels(train, find_labels(data.test, for_all, data.class_names))
     validation = None
     if data.validation is not None:
-        validation = align_labels(train, find_labels(data.validation, for_all, data.class_names))
+        validation = align_labels(train, find_labels(data.validation, for_all, data.class_names), "validation")
     return Prepared(data, train, test, validation, _present(train))
 
 

@@ -82,9 +82,7 @@ def test_each_domain_has_the_test_data_given_for_it():
     assert torch.cat([x for x, _ in stream.test_loader(1)]).unique().tolist() == [1]
     with pytest.raises(ValueError, match="`test` must hold 2 data sets, one per domain in the order of `data`, got 1"):
         stream_from(domains, test=tests[:1], scenario="domain-incremental")
-    with pytest.raises(
-        TypeError, match="`test` must be a list with one data set per domain, as `data` is, got TensorSource"
-    ):
+    with pytest.raises(TypeError, match=r"`test` must be a list with one data set per domain, .* got TensorSource"):
         stream_from(domains, test=domain(10), scenario="domain-incremental")
 
 
@@ -164,6 +162,67 @@ def test_a_stream_from_data_with_own_test_data():
         assert other.provenance()["sizes"] == stream.provenance()["sizes"]
 
 
+def validation_samples(stream):
+    """Inputs and labels of each task's validation data."""
+    given = []
+    for task in range(len(stream.tasks)):
+        stream.task = task
+        loader = stream.val_dataloader()
+        given.append([(x.item(), y.item()) for batch in loader or [] for x, y in zip(*batch, strict=True)])
+    return given
+
+
+def numbered(first, labels=("ant", "bee") * 3):
+    return torch.arange(first, first + len(labels))[:, None], list(labels)
+
+
+@pytest.mark.parametrize("key", ["validation", "valid", "val"])
+def test_validation_data_beside_test_data_are_validation_data(key):
+    parts = {"train": numbered(0), key: numbered(50, ("bee", "ant", "bee")), "test": numbered(100)}
+    stream = stream_from(parts, n_tasks=2)
+    assert stream.provenance()["sizes"] == {"train": [3, 3], "validation": [1, 2], "test": [3, 3]}
+    assert validation_samples(stream) == [[(51, 0)], [(50, 1), (52, 1)]]
+    without = stream_from({k: v for k, v in parts.items() if k != "test"}, n_tasks=2)
+    assert without.provenance()["sizes"] == {"train": [3, 3], "validation": [], "test": [1, 2]}
+    own = stream_from(parts, test=numbered(200), n_tasks=2)
+    assert validation_samples(own) == validation_samples(stream)
+    assert torch.cat([x for x, _ in own.test_loader(0)]).flatten().tolist() == [200, 202, 204]
+
+
+def test_validation_data_are_given_by_name():
+    (x, y), (xv, yv) = numbered(0), numbered(50)
+    expected = [[(50, 0), (52, 0), (54, 0)], [(51, 1), (53, 1), (55, 1)]]
+    stream = stream_from(x, y, n_tasks=2, validation=(xv, yv))
+    assert stream.provenance()["sizes"] == {"train": [2, 2], "validation": [3, 3], "test": [1, 1]}
+    assert validation_samples(stream) == expected
+    assert validation_samples(stream_from(x, (y, y, yv), n_tasks=2, test=x, validation=xv)) == expected
+    with pytest.raises(ValueError, match="`validation_fraction` must be left out where there are validation data, got"):
+        stream_from(x, y, n_tasks=2, validation=(xv, yv), validation_fraction=0.2)
+    with pytest.raises(ValueError, match="`validation` must hold classes of the training data only, got fly as well"):
+        stream_from(x, y, n_tasks=2, validation=(xv[:1], ["fly"]))
+
+
+def test_each_domain_has_the_validation_data_given_for_it():
+    kind = {"scenario": "domain-incremental"}
+    stream = stream_from([numbered(0), numbered(10)], validation=[numbered(50, ["bee"]), None], **kind)
+    assert validation_samples(stream) == [[(50, 1)], []]
+    assert stream.provenance()["sizes"] == {"train": [4, 4], "validation": [1, 0], "test": [2, 2]}
+    parts = [{"train": numbered(k), "val": numbered(50 + k, ["ant"]), "test": numbered(100)} for k in range(2)]
+    assert validation_samples(stream_from(parts, **kind)) == [[(50, 0)], [(51, 0)]]
+    with pytest.raises(ValueError, match="`validation` must hold 2 data sets, one per domain"):
+        stream_from(parts, validation=[None], **kind)
+
+
+def test_a_folder_with_three_parts_has_validation_data(tmp_path):
+    for part, n in (("train", 3), ("val", 2), ("test", 1)):
+        for c in ("ant", "bee"):
+            (tmp_path / part / c).mkdir(parents=True)
+            for i in range(n):
+                Image.new("RGB", (4, 4)).save(tmp_path / part / c / f"{i}.png")
+    sizes = stream_from(tmp_path, n_tasks=2).provenance()["sizes"]
+    assert sizes == {"train": [3, 3], "validation": [2, 2], "test": [1, 1]}
+
+
 @pytest.mark.parametrize("kind", ["task-incremental", "few-shot", "blurry", "repetition", "online"])
 def test_every_kind_of_stream_from_the_same_data(kind):
     options = {"base_classes": 2, "ways": 2, "shots": 3} if kind == "few-shot" else {"n_tasks": 3}
@@ -217,6 +276,9 @@ def test_a_stream_from_hugging_face_data():
     stream = stream_from(datasets.DatasetDict({"train": table, "test": table.select(range(4))}), n_tasks=2)
     assert [t.class_names for t in stream.tasks] == [("ant",), ("bee",)]
     assert stream.provenance()["sizes"] == {"train": [5, 5], "validation": [], "test": [2, 2]}
+    parts = {"train": table, "validation": table.select(range(3)), "test": table.select(range(4))}
+    three = stream_from(datasets.DatasetDict(parts), n_tasks=2)
+    assert three.provenance()["sizes"] == {"train": [5, 5], "validation": [2, 1], "test": [2, 2]}
     images, labels = next(iter(stream.train_dataloader()))
     assert images.shape == (5, 3, 4, 4)
     assert labels.tolist() == [0] * 5
