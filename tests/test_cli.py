@@ -10,9 +10,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from cl_plugins.benchmark import build_callbacks
+from cl_plugins.check import describe_table, read_table
 from cl_plugins.cli import main
 from cl_plugins.commands._pairs import pair
 from cl_plugins.recipes import Recipe, load_recipe, recipe_names, with_options
@@ -224,6 +226,7 @@ def test_check_says_which_definition_a_number_follows(tmp_path, capsys):
     (tmp_path / "m.csv").write_text(",task 0,task 1,task 2\nafter 0,90,,\nafter 1,70,80,\nafter 2,80,60,95\n")
     assert main(["check", str(tmp_path / "m.csv"), "--value", "F=0.15", "--value", "x=0.999"]) == 0
     printed = capsys.readouterr().out
+    assert printed.startswith("3 evaluations x 3 tasks, in percent\n")
     assert "F = 0.1500 is\n    forgetting[peak,since=learned]\n" in printed
     assert "avalanche: " in printed
     assert "x = 0.9990: no known definition gives this; nearest is " in printed
@@ -232,3 +235,43 @@ def test_check_says_which_definition_a_number_follows(tmp_path, capsys):
     assert "must hold numbers, got 'oops' in row 2, column 2" in capsys.readouterr().err
     assert main(["check", str(tmp_path / "m.csv")]) == 1
     assert "`--value` must give at least one published number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ",0,1,2\n0,0.9,,\n1,0.7,0.8,\n2,0.8,0.6,0.95\n",  # pd.DataFrame(matrix).to_csv(...)
+        "0,1,2\n0.9,,\n0.7,0.8,\n0.8,0.6,0.95\n",  # with index=False
+        "step,1,2,3\n1,0.9,,\n2,0.7,0.8,\n3,0.8,0.6,0.95\n",  # with index_label="step"
+        "step,a,b,c\n0,0.9,,\n1,0.7,0.8,\n2,0.8,0.6,0.95\n",
+        ",0,1,2\nafter 0,0.9,,\nafter 1,0.7,0.8,\nafter 2,0.8,0.6,0.95\n",
+        "a,b,c\n0.9,,\n0.7,0.8,\n0.8,0.6,0.95\n",
+        "0.9,,\n0.7,0.8,\n0.8,0.6,0.95\n",
+        "90,,\n70,80,\n80,60,95\n",
+    ],
+)
+def test_check_leaves_out_names_and_numbers_of_rows_and_columns(tmp_path, text):
+    (tmp_path / "m.csv").write_text(text)
+    matrix, percent = read_table(tmp_path / "m.csv")
+    nan = float("nan")
+    expected = torch.tensor([[0.9, nan, nan], [0.7, 0.8, nan], [0.8, 0.6, 0.95]], dtype=torch.float64)
+    torch.testing.assert_close(matrix, expected, equal_nan=True)
+    assert describe_table(matrix, percent) == f"3 evaluations x 3 tasks, {'in percent' if percent else 'as fractions'}"
+    assert percent == text.startswith("90")
+
+
+@pytest.mark.parametrize("text", ["a,b\n1,0.5\n", "0,1\n1,0\n", "0,0.1\n1,0.2\n2,0.3\n", ",0.3\n0,0.5\n"])
+def test_check_keeps_rows_and_columns_that_may_be_measured(tmp_path, text):
+    (tmp_path / "m.csv").write_text(text)
+    n_rows = text.count("\n") - text.startswith("a")
+    assert read_table(tmp_path / "m.csv")[0].shape == (n_rows, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "sign"),
+    [(";a;b\nx;0.9;\ny;0.8;0.7\n", "';'"), ("0,9;0,8\n0,7;0,6\n", "';'"), ("0.9\t0.8\n0.7\t0.6\n", r"'\\t'")],
+)
+def test_check_names_another_delimiter(tmp_path, text, sign):
+    (tmp_path / "m.csv").write_text(text)
+    with pytest.raises(ValueError, match=f"must be separated by commas, got {sign} between the cells; save it with"):
+        read_table(tmp_path / "m.csv")

@@ -22,7 +22,7 @@ def parser() -> ArgumentParser:
 
 def execute(arguments: Any) -> int:
     """Run the command; returns the exit status."""
-    from cl_plugins.check import check_report, read_matrix
+    from cl_plugins.check import check_report, describe_table, read_table
 
     values: dict[str, float] = {}
     for name, value in pairs(arguments.value, "--value").items():
@@ -31,5 +31,7 @@ def execute(arguments: Any) -> int:
         values[name] = float(value)
     if not values:
         raise ValueError("`--value` must give at least one published number, such as forgetting=0.12")
-    print(check_report(read_matrix(arguments.file), values, arguments.tolerance))
+    matrix, percent = read_table(arguments.file)
+    print(describe_table(matrix, percent))
+    print(check_report(matrix, values, arguments.tolerance))
     return 0
