@@ -142,6 +142,7 @@ class DomainIncremental(TaskStream):
             **options,
         )
         self.class_names = text_of.names
+        self.label_mapping = text_of.train.mapping
         self.domain_order = tuple(order)
 
 

@@ -202,6 +202,14 @@ def test_validation_data_are_given_by_name():
         stream_from(x, y, n_tasks=2, validation=(xv[:1], ["fly"]))
 
 
+def test_a_domain_stream_says_how_text_labels_are_numbered():
+    domains = [(numbered(0, t), numbered(9, t)) for t in (["bee", "ant"], ["cat", "bee"])]
+    stream = stream_from([d for d, _ in domains], test=[t for _, t in domains], scenario="domain-incremental")
+    assert stream.label_mapping == {"ant": 0, "bee": 1, "cat": 2}
+    assert [t.class_names for t in stream.tasks] == [("ant", "bee"), ("bee", "cat")]
+    assert DomainIncremental([(domain(0), domain(1))]).label_mapping is None
+
+
 def test_each_domain_has_the_validation_data_given_for_it():
     kind = {"scenario": "domain-incremental"}
     stream = stream_from([numbered(0), numbered(10)], validation=[numbered(50, ["bee"]), None], **kind)
