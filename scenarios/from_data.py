@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,12 +16,12 @@ from cl_plugins._text import did_you_mean
 
 from ._seeds import SPLIT, check_seed, words
 from .boundaries import Blurry, FewShot, Repetition
-from .class_incremental import ClassIncremental, TaskIncremental
+from .class_incremental import ClassIncremental, ClassOptions, TaskIncremental
 from .data import TensorSource, rank_in_class
 from .domains import DomainIncremental
 from .image_files import class_folders
 from .labels import FoundLabels, align_labels, find_labels
-from .stream import TaskStream
+from .stream import LoaderOptions, TaskStream
 from .stream_data import StreamData
 
 _KINDS: dict[str, Any] = {
@@ -125,7 +126,7 @@ def stream_from(
     Raises:
         ValueError: for an unknown scenario, labels that cannot be found, not one test data set per domain, or
             ``validation_fraction`` beside validation data.
-        TypeError: for data that are none of these.
+        TypeError: for data that are none of these, or an option that the scenario does not have.
 
     Example:
         >>> stream = stream_from((torch.rand(60, 3), np.repeat(["ant", "bee", "cat"], 20)), n_tasks=3)
@@ -140,6 +141,7 @@ def stream_from(
     if scenario == "domain-incremental":
         if not isinstance(data, list):
             raise TypeError(f"`data` must be a list with one data set per domain, got {type(data).__name__}")
+        _check_options(scenario, options)
         parts = zip(
             data,
             _one_per_domain("test", test, len(data)),
@@ -149,6 +151,7 @@ def stream_from(
         domains = [_resolve(*part, labels, test_fraction, inputs, split_seed) for part in parts]
         _check_validation(domains, options)
         return DomainIncremental(domains, split_seed=split_seed, **options)
+    _check_options(scenario, options)
     if scenario == "online":
         options = {"single_pass": True, "batch_size": 10, **options}
     source = _resolve(data, test, validation, labels, test_fraction, inputs, split_seed)
@@ -167,6 +170,21 @@ def _one_per_domain(name: str, value: Any, n: int) -> list[Any]:
     if len(value) != n:
         raise ValueError(f"`{name}` must hold {n} data sets, one per domain in the order of `data`, got {len(value)}")
     return value
+
+
+def _check_options(scenario: str, options: Mapping[str, Any]) -> None:
+    kind = _KINDS[scenario]
+    known = set(inspect.signature(kind).parameters) | set(LoaderOptions.__annotations__)
+    if issubclass(kind, ClassIncremental):
+        known |= {"n_tasks", *ClassOptions.__annotations__}
+    known -= {"data", "domains", "options"}
+    for name in options:
+        if name not in known:
+            told = known | set(inspect.signature(stream_from).parameters)
+            raise TypeError(
+                f"`{name}` must be an option of `stream_from` or of `{kind.__name__}`, got {options[name]!r}, which neither"
+                f" takes{did_you_mean(name, told - {'data', 'options'})}"
+            )
 
 
 def _check_validation(sources: list[StreamData], options: Mapping[str, Any]) -> None:

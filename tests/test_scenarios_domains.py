@@ -231,6 +231,23 @@ def test_a_folder_with_three_parts_has_validation_data(tmp_path):
     assert sizes == {"train": [3, 3], "validation": [2, 2], "test": [1, 1]}
 
 
+@pytest.mark.parametrize(
+    ("kind", "option"),
+    [
+        ("class-incremental", {"first_task_classes": 2, "n_tasks": 2}),
+        ("task-incremental", {"order_seed": 1, "n_tasks": 2}),
+        ("few-shot", {"shot_seed": 1, "base_classes": 4}),
+        ("blurry", {"mixing_seed": 1, "n_tasks": 2}),
+        ("repetition", {"repeat": 0.5, "n_tasks": 2}),
+        ("online", {"drop_last": True, "n_tasks": 2}),
+        ("domain-incremental", {"names": ["a"], "eval_batch_size": 2}),
+    ],
+)
+def test_options_of_every_kind_of_stream_are_known(kind, option):
+    data = [image_data(8)] if kind == "domain-incremental" else image_data(8)
+    assert stream_from(data, scenario=kind, **option).tasks
+
+
 @pytest.mark.parametrize("kind", ["task-incremental", "few-shot", "blurry", "repetition", "online"])
 def test_every_kind_of_stream_from_the_same_data(kind):
     options = {"base_classes": 2, "ways": 2, "shots": 3} if kind == "few-shot" else {"n_tasks": 3}
@@ -296,6 +313,11 @@ def test_a_stream_from_hugging_face_data():
     ("data", "options", "error", "text"),
     [
         (image_data(4), {"scenario": "blury"}, ValueError, "known kind of stream, got 'blury'; did you mean 'blurry'"),
+        (image_data(4), {"batchsize": 3}, TypeError, "`batchsize` must be an option of .*; did you mean 'batch_size'"),
+        (image_data(4), {"senario": "blurry"}, TypeError, "`senario` must be an option of .*; did you mean 'scenario'"),
+        (image_data(4), {"seeds": {"data": 1}}, TypeError, "`seeds` must be an option of .*; did you mean 'seed'"),
+        (image_data(4), {"zzz": 1}, TypeError, "of `ClassIncremental`, got 1, which neither takes; known: batch_size, "),
+        ([image_data(4)], {"scenario": "domain-incremental"}, TypeError, "`n_tasks` must be .* of `DomainIncremental`"),
         (image_data(4), {"test_fraction": 0}, ValueError, r"`test_fraction` must be in \(0, 1\), got 0"),
         (image_data(4), {"scenario": "domain-incremental"}, TypeError, "`data` must be a list with one data set per"),
         (torch.zeros(3, 2), {}, ValueError, "`labels` must be given for inputs without any, got None"),
