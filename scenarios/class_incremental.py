@@ -19,9 +19,9 @@ class ClassOptions(LoaderOptions, total=False):
     """Keyword arguments of :class:`ClassIncremental` that scenarios built on it pass on."""
 
     test: Any
-    classes: Sequence[Sequence[int]] | None
+    classes: Sequence[Sequence[int | str]] | None
     first_task_classes: int | None
-    class_order: Sequence[int] | None
+    class_order: Sequence[int | str] | None
     order_seed: int | None
     data_seed: int | None
     split_seed: int
@@ -47,9 +47,11 @@ class ClassIncremental(TaskStream):
             pair (train, test), or :class:`StreamData`.
         n_tasks: number of tasks; classes are divided evenly, none is lost. None takes the data set's usual number.
         test: test data, when ``data`` is the training data alone.
-        classes: the labels of each task, instead of ``n_tasks``; labels in no list are left out.
+        classes: the labels of each task, instead of ``n_tasks``, as numbers or as class names where the data have
+            names; labels in no list are left out.
         first_task_classes: how many classes the first task has.
-        class_order: labels in the order in which they are learned; None is ascending or drawn by ``order_seed``.
+        class_order: labels, likewise, in the order in which they are learned; None is ascending or drawn by
+            ``order_seed``.
         order_seed: draws the order of the classes; None keeps it ascending.
         data_seed: orders and augments the samples.
         split_seed: draws the validation samples.
@@ -76,9 +78,9 @@ class ClassIncremental(TaskStream):
         n_tasks: int | None = None,
         *,
         test: Any = None,
-        classes: Sequence[Sequence[int]] | None = None,
+        classes: Sequence[Sequence[int | str]] | None = None,
         first_task_classes: int | None = None,
-        class_order: Sequence[int] | None = None,
+        class_order: Sequence[int | str] | None = None,
         order_seed: int | None = None,
         data_seed: int | None = None,
         split_seed: int = 0,
@@ -101,10 +103,10 @@ class ClassIncremental(TaskStream):
         lists = assign_classes(
             found.present,
             n_tasks=source.n_tasks if n_tasks is None and classes is None and sizes is None else n_tasks,
-            classes=classes,
+            classes=None if classes is None else [found.numbers("classes", own) for own in classes],
             sizes=sizes,
             first_task_classes=first_task_classes,
-            class_order=class_order,
+            class_order=None if class_order is None else found.numbers("class_order", class_order),
             order_seed=order_seed,
         )
         train = Split.by_class(source.train, found.train.values, lists)

@@ -182,8 +182,8 @@ def _check_options(scenario: str, options: Mapping[str, Any]) -> None:
         if name not in known:
             told = known | set(inspect.signature(stream_from).parameters)
             raise TypeError(
-                f"`{name}` must be an option of `stream_from` or of `{kind.__name__}`, got {options[name]!r}, which neither"
-                f" takes{did_you_mean(name, told - {'data', 'options'})}"
+                f"`{name}` must be an option of `stream_from` or of `{kind.__name__}`, got {options[name]!r}, which"
+                f" neither takes{did_you_mean(name, told - {'data', 'options'})}"
             )
 
 

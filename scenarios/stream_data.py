@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from cl_plugins._text import did_you_mean
 from cl_plugins.task import Task
 
 from .data import Transform
@@ -94,6 +95,26 @@ class Prepared:
     def names(self) -> tuple[str, ...]:
         """Text of each label by its number, or nothing."""
         return self.train.names if len(self.train.names) > max(self.present) else ()
+
+    def numbers(self, argument: str, labels: Any) -> Any:
+        """The labels with class names as numbers; what are no lists, and names of nameless data, stay as they are.
+
+        Raises:
+            ValueError: for a text that is no class name, or the name of several classes.
+        """
+        if isinstance(labels, int | str) or not self.names:
+            return labels
+        return [self._number(argument, label) if isinstance(label, str) else label for label in labels]
+
+    def _number(self, argument: str, text: str) -> int:
+        places = [i for i, name in enumerate(self.names) if name == text]
+        if len(places) > 1:
+            raise ValueError(f"`{argument}` must name one class, got {text!r} for {places}; pass its number")
+        if not places:
+            raise ValueError(
+                f"`{argument}` must name classes of the data, got {text!r}{did_you_mean(text, self.names)}"
+            )
+        return places[0]
 
     def task(self, index: int, classes: Sequence[int], name: str = "", description: str = "") -> Task:
         """A task with the texts of its classes."""

@@ -176,6 +176,29 @@ def numbered(first, labels=("ant", "bee") * 3):
     return torch.arange(first, first + len(labels))[:, None], list(labels)
 
 
+def test_classes_of_tasks_are_given_by_name_where_labels_are_text():
+    data = (torch.rand(60, 3), np.repeat(["ant", "bee", "cat"], 20))
+    stream = stream_from(data, classes=[["cat", "ant"], ["bee"]])
+    assert [t.class_names for t in stream.tasks] == [("cat", "ant"), ("bee",)]
+    assert stream.class_order == (2, 0, 1)
+    assert stream_from(data, classes=[["cat", 0], ["bee"]]).class_order == (2, 0, 1)
+    assert stream_from(data, n_tasks=3, class_order=["cat", "ant", "bee"]).class_order == (2, 0, 1)
+    with pytest.raises(ValueError, match="`classes` must name classes of the data, got 'bees'; did you mean 'bee'"):
+        stream_from(data, classes=[["ant"], ["bees"]])
+    with pytest.raises(ValueError, match="`classes` must name a class once, got class 0 in task 0 and task 1"):
+        stream_from(data, classes=[["ant"], [0]])
+    with pytest.raises(ValueError, match="`classes` must hold one list per task, got 'ant' for task 0"):
+        stream_from(data, classes=["ant", "bee"])
+    with pytest.raises(ValueError, match="`class_order` must name classes of the data, got 'dog'; known: ant, bee"):
+        stream_from(data, n_tasks=3, class_order=["dog", "ant", "bee"])
+    with pytest.raises(ValueError, match="`classes` must name labels of the data, got 'a' in task 0"):
+        stream_from(image_data(4), classes=[["a"], [1]])
+    twice = image_data(4, n_classes=3)
+    twice.classes = ["crane", "maillot", "crane"]
+    with pytest.raises(ValueError, match=r"`classes` must name one class, got 'crane' for \[0, 2\]; pass its number"):
+        stream_from(twice, classes=[["maillot"], ["crane"]])
+
+
 @pytest.mark.parametrize("key", ["validation", "valid", "val"])
 def test_validation_data_beside_test_data_are_validation_data(key):
     parts = {"train": numbered(0), key: numbered(50, ("bee", "ant", "bee")), "test": numbered(100)}
@@ -316,7 +339,7 @@ def test_a_stream_from_hugging_face_data():
         (image_data(4), {"batchsize": 3}, TypeError, "`batchsize` must be an option of .*; did you mean 'batch_size'"),
         (image_data(4), {"senario": "blurry"}, TypeError, "`senario` must be an option of .*; did you mean 'scenario'"),
         (image_data(4), {"seeds": {"data": 1}}, TypeError, "`seeds` must be an option of .*; did you mean 'seed'"),
-        (image_data(4), {"zzz": 1}, TypeError, "of `ClassIncremental`, got 1, which neither takes; known: batch_size, "),
+        (image_data(4), {"zzz": 1}, TypeError, "of `ClassIncremental`, got 1, which neither takes; known: batch_size"),
         ([image_data(4)], {"scenario": "domain-incremental"}, TypeError, "`n_tasks` must be .* of `DomainIncremental`"),
         (image_data(4), {"test_fraction": 0}, ValueError, r"`test_fraction` must be in \(0, 1\), got 0"),
         (image_data(4), {"scenario": "domain-incremental"}, TypeError, "`data` must be a list with one data set per"),
