@@ -127,7 +127,10 @@ def _initial_states(trainer: pl.Trainer) -> dict[int, dict[str, Any]]:
 def _restore_states(trainer: pl.Trainer, states: dict[int, dict[str, Any]]) -> None:
     for callback in callbacks_of(trainer):
         if id(callback) in states:
-            callback.load_state_dict(copy.deepcopy(states[id(callback)]))
+            state = copy.deepcopy(states[id(callback)])
+            if "dirpath" in state:
+                state["dirpath"] = callback.dirpath  # the first fit may have chosen it; from another one none is loaded
+            callback.load_state_dict(state)
 
 
 def start_task(trainer: pl.Trainer, module: pl.LightningModule, stream: Stream, index: int, seed: int = 0) -> None:

@@ -1,10 +1,12 @@
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger
 from torch.nn.functional import cross_entropy
 
 from cl_plugins import ContinualCallback, Task, end_task, fit_stream, start_task
@@ -137,6 +139,28 @@ def test_model_checkpoint_starts_anew_with_each_task(tmp_path):
     trainer = quiet_trainer(callbacks=[checkpoint], enable_checkpointing=True)
     fit_stream(trainer, Counting(), tiny_stream(validation_fraction=0.25))
     assert len(list(tmp_path.glob("*.ckpt"))) >= 2  # a later task's best does not have to beat the first task's
+
+
+class Harder(Counting):
+    """Its second task never reaches the score of its first."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("score", [0.9, 0.6][self.trainer.datamodule.task] + 0.01 * self.current_epoch)
+
+
+@pytest.mark.filterwarnings("error:The dirpath has changed")
+@pytest.mark.parametrize("logger", [False, True])
+def test_the_best_of_a_later_task_is_kept_where_lightning_chooses_the_folder(tmp_path, logger):
+    checkpoint = ModelCheckpoint(monitor="score", mode="max", save_top_k=1, filename="{step}-{score:.2f}")
+    logger = CSVLogger(tmp_path) if logger else False
+    options = {"enable_checkpointing": True, "default_root_dir": tmp_path, "logger": logger}
+    trainer = quiet_trainer(callbacks=[checkpoint], **options)
+    fit_stream(trainer, Harder(), tiny_stream(n_tasks=2, validation_fraction=0.25))
+    best = Path(checkpoint.best_model_path)
+    assert best.name.endswith("score=0.61.ckpt")
+    assert float(checkpoint.best_model_score) == pytest.approx(0.61)
+    assert list(checkpoint.best_k_models) == [checkpoint.kth_best_model_path] == [str(best)]
+    assert sorted(p.name[-9:-5] for p in best.parent.glob("*.ckpt")) == ["0.61", "0.91"]
 
 
 @pytest.mark.parametrize("step", [3, 8, 11, 20])
