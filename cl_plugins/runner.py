@@ -29,9 +29,10 @@ from cl_plugins.evaluation import Predict, default_predict, drawn_columns, evalu
 from cl_plugins.plugin import ContinualCallback, Row, plugins_of, tell_row
 from cl_plugins.result import StreamResult
 from cl_plugins.resuming import find_checkpoint, load_own_weights, restore_between, savers_of
+from cl_plugins.run_checks import refuse, refuse_strategy
 from cl_plugins.stream_checkpoint import KIND, StreamStopped
 from cl_plugins.stream_state import StreamState, restore_result
-from cl_plugins.task import Stream, check_tasks
+from cl_plugins.task import Stream
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -42,7 +43,6 @@ _EXPECTED_WARNINGS = (  # said once per task, about what is meant to be so
     r".*module\(s\) in eval mode at the start of training.*",
     r".*Checkpoint directory .* exists and is not empty.*",
 )
-_SHARDED = ("FSDP", "DeepSpeed", "ModelParallel", "XLAFSDP")
 _RESET_BETWEEN_TASKS = ("EarlyStopping", "ModelCheckpoint")
 
 
@@ -80,42 +80,6 @@ class _LossGuard(Callback):
             )
 
 
-def _refuse(trainer: pl.Trainer, stream: Stream) -> None:
-    """Settings that would train something else than asked, said before anything is trained."""
-    if trainer.max_steps != -1:
-        raise ValueError(
-            f"`max_steps` counts over the whole stream and would end training inside a task, got {trainer.max_steps!r};"
-            " set `max_epochs` (epochs per task) and `limit_train_batches` instead"
-        )
-    reload_every = getattr(trainer, "reload_dataloaders_every_n_epochs", 0)
-    if reload_every:
-        raise ValueError(
-            "`reload_dataloaders_every_n_epochs` must be 0, since the stream gives each task its own loader,"
-            f" got {reload_every!r}"
-        )
-    _refuse_strategy(trainer)
-    check_tasks(stream.tasks, shared_classes=bool(getattr(stream, "shared_classes", False)))
-    too_large = max(max(t.classes) for t in stream.tasks)
-    if stream.n_classes <= too_large:
-        raise ValueError(f"`stream.n_classes` must cover class {too_large}, got {stream.n_classes!r}")
-
-
-def _refuse_strategy(trainer: pl.Trainer) -> None:
-    """Ways of several processes after which a task's end would not find the whole weights."""
-    kind = type(trainer.strategy).__name__
-    if kind.startswith(_SHARDED):
-        raise ValueError(
-            f"`strategy` must leave whole weights on each process, got {kind}, which keeps shards of them when a fit"
-            " ends: between tasks classifiers are masked, adapters grow and old tasks are evaluated; use strategy='ddp'"
-        )
-    launcher = getattr(trainer.strategy, "launcher", None)
-    if launcher is not None and type(launcher).__name__.startswith("_MultiProcessing"):
-        raise ValueError(
-            "`strategy` must not spawn processes, because what they learn is lost when a task ends,"
-            f" got {type(trainer.strategy).__name__} with a spawn or fork launcher; use strategy='ddp' and torchrun"
-        )
-
-
 def _initial_states(trainer: pl.Trainer) -> dict[int, dict[str, Any]]:
     return {
         id(c): copy.deepcopy(c.state_dict())
@@ -146,7 +110,7 @@ def start_task(trainer: pl.Trainer, module: pl.LightningModule, stream: Stream, 
     Raises:
         ValueError: for strategies that shard weights or spawn processes.
     """
-    _refuse_strategy(trainer)
+    refuse_strategy(trainer)
     check_composition(plugins_of(trainer), module)
     stream.task = index
     _begin_anew(trainer)
@@ -277,11 +241,12 @@ def fit_stream(
         The accuracy matrix as counts, and the numbers that follow from it.
 
     Raises:
+        TypeError: for arguments that are no Trainer, no module or no stream of tasks.
         ValueError: for settings that cannot work with a stream, and for faulty streams, before any training.
         FloatingPointError: when the loss becomes NaN or infinite.
         StreamStopped: behind the save on SIGTERM, with a :class:`~cl_plugins.callbacks.StreamCheckpoint`.
     """
-    _refuse(trainer, stream)
+    refuse(trainer, module, stream)
     check_composition(plugins_of(trainer), module)
     if evaluate_old is not None:
         drawn_columns(stream, 0, evaluate_old, seed)  # refused now and not after the first task

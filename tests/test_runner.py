@@ -215,6 +215,25 @@ def test_settings_that_cannot_work_are_refused(options, text):
         fit_stream(quiet_trainer(**options), PlainModule(), tiny_stream())
 
 
+@pytest.mark.parametrize("batches", [True, 2])
+def test_a_short_trial_is_refused_with_what_stands_for_it(batches):
+    text = rf"`fast_dev_run` ends training .* got {batches}; use `limit_train_batches=1, max_epochs=1`"
+    with pytest.raises(ValueError, match=text):
+        fit_stream(quiet_trainer(fast_dev_run=batches), PlainModule(), tiny_stream())
+
+
+def test_arguments_of_another_kind_are_named():
+    trainer, module, stream = quiet_trainer(), PlainModule(), tiny_stream()
+    with pytest.raises(TypeError, match="got LightningDataModule without `tasks`, `n_classes`"):
+        fit_stream(trainer, module, pl.LightningDataModule())
+    with pytest.raises(TypeError, match=r"got list without .*`tasks`.*; call fit_stream\(trainer, module, stream\)"):
+        fit_stream(trainer, module, [stream.train_dataloader()])
+    with pytest.raises(TypeError, match="`trainer` must be a Trainer, got PlainModule; call"):
+        fit_stream(module, trainer, stream)
+    with pytest.raises(TypeError, match="`module` must be a LightningModule, got ClassIncremental; call"):
+        fit_stream(trainer, stream, module)
+
+
 def test_streams_with_faults_are_refused():
     stream = tiny_stream()
     stream.tasks = [Task(0, (0, 1)), Task(1, (1, 2))]
