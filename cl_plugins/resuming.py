@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ def find_checkpoint(trainer: pl.Trainer, ckpt_path: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: saying where it was looked for.
+        ValueError: for a damaged file, and when folders of several runs might be meant.
     """
     if str(ckpt_path) != "last":
         path = Path(ckpt_path)
@@ -41,8 +43,7 @@ def find_checkpoint(trainer: pl.Trainer, ckpt_path: str | Path) -> Path:
         if newest is not None:
             return newest
     given = [getattr(c, "dirpath", None) for c in trainer.checkpoint_callbacks]
-    folders = {Path(d) for d in given if d}
-    folders = folders or {Path(trainer.default_root_dir)}
+    folders = {Path(d) for d in given if d} or _usual_folders(trainer)
     found = [p for folder in folders if folder.is_dir() for p in folder.rglob("*.ckpt")]
     if not found:
         raise FileNotFoundError(
@@ -50,6 +51,39 @@ def find_checkpoint(trainer: pl.Trainer, ckpt_path: str | Path) -> Path:
             " give the Trainer a StreamCheckpoint, or leave `ckpt_path` out to start anew"
         )
     return max(found, key=lambda p: p.stat().st_mtime_ns)
+
+
+def _usual_folders(trainer: pl.Trainer) -> set[Path]:
+    """Where Lightning saves when no callback names a folder: this run's own, else the only one there is.
+
+    Raises:
+        ValueError: when several runs have left checkpoints, which may be of other experiments.
+    """
+    root = Path(trainer.default_root_dir)
+    own, others = root / "checkpoints", []
+    if trainer.loggers:
+        logger = trainer.loggers[0]
+        runs = Path(logger.save_dir or root) / str(logger.name)
+        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+        own, others = runs / version / "checkpoints", [root / "checkpoints", *runs.glob("*/checkpoints")]
+    else:
+        others = list(root.glob("lightning_logs/*/checkpoints"))
+    if any(own.rglob("*.ckpt")):
+        return {own}
+    held = sorted({folder for folder in others if any(folder.rglob("*.ckpt"))})
+    if len(held) > 1:
+        raise ValueError(
+            "`ckpt_path='last'` must find the checkpoints of one run, got those of"
+            f" {len(held)}: {', '.join(map(str, held))}; give the path of the file to go on from, or give the Trainer a"
+            " StreamCheckpoint with a folder of its own"
+        )
+    return set(held) or {own, *others}
+
+
+def say_where(trainer: pl.Trainer, path: Path, task: int, step: int) -> None:
+    """Name the checkpoint that a stream goes on from, on the first process's standard error."""
+    if trainer.global_rank == 0:
+        print(f"resuming from {path} (task {task}, step {step})", file=sys.stderr, flush=True)
 
 
 def load_own_weights(module: nn.Module, saved: dict[str, Tensor]) -> None:

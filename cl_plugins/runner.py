@@ -28,7 +28,7 @@ from cl_plugins.composition import check_composition
 from cl_plugins.evaluation import Predict, default_predict, drawn_columns, evaluate_tasks
 from cl_plugins.plugin import ContinualCallback, Row, plugins_of, tell_row
 from cl_plugins.result import StreamResult
-from cl_plugins.resuming import find_checkpoint, load_own_weights, restore_between, savers_of
+from cl_plugins.resuming import find_checkpoint, load_own_weights, restore_between, savers_of, say_where
 from cl_plugins.run_checks import refuse, refuse_strategy
 from cl_plugins.stream_checkpoint import KIND, StreamStopped
 from cl_plugins.stream_state import StreamState, restore_result
@@ -268,6 +268,7 @@ def fit_stream(
         resume = find_checkpoint(trainer, ckpt_path)
         saved, checkpoint = state.read(resume)
         first, spent = saved["task"], saved.get("spent", 0.0)
+        say_where(trainer, resume, first, checkpoint["global_step"])
         restore_result(result, saved)
         between = checkpoint if KIND in checkpoint else None
         if between is None:

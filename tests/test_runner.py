@@ -202,6 +202,32 @@ def test_no_checkpoint_to_resume_from(tmp_path):
         fit_stream(quiet_trainer(default_root_dir=tmp_path), PlainModule(), tiny_stream(), "last")
 
 
+def test_last_takes_what_this_trainer_would_have_written_and_says_what_it_took(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def run(ckpt_path=None, logger=True, stop=9, **options):
+        callbacks = [StopAt(stop), ModelCheckpoint(every_n_train_steps=2)]
+        logger = CSVLogger(".", version=logger if isinstance(logger, str) else None) if logger else False
+        trainer = quiet_trainer(callbacks=callbacks, logger=logger, enable_checkpointing=True, **options)
+        with pytest.raises(RuntimeError, match="power failure"):
+            fit_stream(trainer, PlainModule(), tiny_stream(), ckpt_path)
+
+    run(logger=False, default_root_dir=tmp_path / "another experiment")
+    with pytest.raises(FileNotFoundError, match=r"found no \.ckpt file in .*lightning_logs.version_0.checkpoints"):
+        run("last")
+    run()
+    capsys.readouterr()
+    run("last", stop=11)
+    path = Path("lightning_logs", "version_0", "checkpoints", "epoch=1-step=8.ckpt")
+    assert capsys.readouterr().err.count(f"resuming from {path} (task 0, step 8)\n") == 1
+    with pytest.raises(ValueError, match=r"got those of 2: lightning_logs.version_0.checkpoints, .*version_1.*; give"):
+        run("last", stop=13)
+    run("last", logger="version_1", stop=13)  # its own folder
+    assert "version_1" in capsys.readouterr().err
+    run(Path("lightning_logs", "version_1", "checkpoints", "epoch=0-step=12.ckpt"), stop=13)
+    assert "step=12.ckpt (task 1, step 12)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
