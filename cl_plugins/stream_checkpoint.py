@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -206,12 +207,12 @@ class StreamCheckpoint(Checkpoint):
         task = int(getattr(datamodule_of(trainer), "task", 0))
         if trainer.world_size > 1:
             shared = self.folder / ".stream-shared.tmp"
-            trainer.save_checkpoint(shared)
+            trainer.save_checkpoint(shared, weights_only=False)
             if trainer.is_global_zero:
                 self._publish(trainer, task, shared.replace)
             trainer.strategy.barrier()
             return
-        self._publish(trainer, task, trainer.save_checkpoint)
+        self._publish(trainer, task, partial(trainer.save_checkpoint, weights_only=False))
 
     def save_between(self, trainer: pl.Trainer, module: pl.LightningModule, stream: Stream, task: int) -> None:
         """Save behind a task's evaluation, before task ``task``; then end if SIGTERM has come."""
