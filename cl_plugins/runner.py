@@ -302,8 +302,10 @@ def fit_stream(
             result.trainable_parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
             if _needs_fit(plugins):
                 _fit(trainer, module, stream, index, resume)
-            elif resume is not None:
-                state.load_weights(module, resume)
+            else:
+                trainer.strategy.connect(module)  # as a fit does, for `trainer.save_checkpoint`
+                if resume is not None:
+                    state.load_weights(module, resume)
             resume = None
             columns = None if evaluate_old is None else drawn_columns(stream, index, evaluate_old, seed)
             row = end_task(trainer, module, stream, index, future=evaluate_future, predict=predict, columns=columns)

@@ -120,3 +120,22 @@ def test_features_are_what_enters_the_head():
         collect_features(module, module.model.head, [])
     with pytest.raises(RuntimeError, match="never calls its classifier"):
         collect_features(module, nn.Linear(2, 2), loader)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_a_stream_without_a_fit_is_saved_by_the_trainer_and_read_back(tmp_path, precision):
+    def run(ckpt_path=None):
+        trainer, module = quiet_trainer(callbacks=[NearestMean()], precision=precision), PlainModule()
+        return trainer, module, fit_stream(trainer, module, tiny_stream(), ckpt_path)
+
+    trainer, module, result = run()
+    trainer.save_checkpoint(tmp_path / "final.ckpt")
+    _, again, resumed = run(tmp_path / "final.ckpt")
+    assert torch.equal(result.correct, resumed.correct)
+    saved = torch.load(tmp_path / "final.ckpt", weights_only=True)["state_dict"]
+    assert saved.keys() == module.state_dict().keys()
+    assert all(torch.equal(value, saved[name]) for name, value in module.state_dict().items())
+    other = PlainModule()
+    fit_stream(quiet_trainer(callbacks=[NearestMean()]), other, tiny_stream(n_tasks=1))  # its structure
+    other.load_state_dict(saved)
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in saved.items())
