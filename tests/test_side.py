@@ -311,6 +311,18 @@ def test_ladder_starts_with_rows_of_the_backbone(build):
     assert all(g.item() == 0 for g in side.gates.values())
 
 
+@pytest.mark.parametrize("hidden", [58, 59, 60, 61])
+@pytest.mark.parametrize("reduction", [2, 4, 8])
+def test_pruning_leaves_as_many_rows_as_the_ladder_has(hidden, reduction):
+    vit = VisionTransformer(
+        img_size=8, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=6, mlp_ratio=hidden / 16
+    )
+    module = started(LadderSideTuning(reduction, "none"), vit)
+    fc1 = module.plugins["side"].active.blocks["0"].mlp.fc1.weight
+    assert abs(len(fc1) - hidden / reduction) < 1
+    assert (fc1.shape[1], len(vit.blocks[0].mlp.fc1.weight)) == (16 // reduction, hidden)
+
+
 def test_fisher_information_is_the_sum_of_squared_gradients():
     layer = nn.Linear(3, 2).requires_grad_(False)
     x, y = torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1])

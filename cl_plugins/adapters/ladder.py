@@ -62,6 +62,16 @@ def check_layers(layers: Sequence[int], depth: int) -> tuple[int, ...]:
     return chosen
 
 
+def kept_rows(n: int, keep: float) -> int:
+    """Rows of ``n`` that a narrower layer has, and that pruning leaves; rounded as published, at least one.
+
+    Example:
+        >>> kept_rows(3072, 1 / 8), kept_rows(4304, 1 / 3)
+        (384, 1435)
+    """
+    return max(n - round((1.0 - keep) * n), 1)
+
+
 def ladder_gate(gate: Tensor, temperature: float = 0.1) -> Tensor:
     """``sigmoid(gate / temperature)``, the weight of the side stream."""
     return torch.sigmoid(gate / temperature)
@@ -268,7 +278,7 @@ class LadderSide(SideNetwork):
         names = [str(i) for i in self.layers]
         self.first = nn.Linear(dim, width)
         self.down = nn.ModuleDict({n: nn.Linear(dim, width) for n in names})
-        inner = (4 * dim if hidden is None else hidden) // reduction
+        inner = kept_rows(4 * dim if hidden is None else hidden, 1.0 / reduction)
         self.blocks = nn.ModuleDict(
             {n: SideBlock(width, heads, inner, bias=bias, activation=activation, eps=eps) for n in names}
         )

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cl_plugins.adapters.ladder import LadderSide
+from cl_plugins.adapters.ladder import LadderSide, kept_rows
 from cl_plugins.backbones import Backbone
 
 Chain = Sequence[tuple[str, ...]]
@@ -34,9 +34,7 @@ def _select(importance: Sequence[Tensor], keep: float) -> Tensor:
     scores = (
         torch.stack([i.double().flatten(1) for i in importance]).prod(0).abs().sum(1)
     )  # three squares underflow float32
-    n = len(scores)
-    n_kept = max(n - round((1.0 - keep) * n), 1)
-    return scores.topk(n_kept).indices.sort().values
+    return scores.topk(kept_rows(len(scores), keep)).indices.sort().values
 
 
 def _prune_once(
