@@ -44,6 +44,9 @@ class Column:
     Args:
         table: a Hugging Face dataset, or any map dataset of dicts.
         name: the column.
+
+    Raises:
+        ValueError: when a sample is read that has no such column.
     """
 
     def __init__(self, table: Any, name: str) -> None:
@@ -54,7 +57,14 @@ class Column:
         return len(self.table)
 
     def __getitem__(self, index: int) -> tuple[Any, None]:
-        return self.table[index][self.name], None
+        row = self.table[index]
+        try:
+            return row[self.name], None
+        except (KeyError, IndexError, TypeError):
+            found = f"a dict with {', '.join(map(str, row))}" if isinstance(row, Mapping) else f"a {type(row).__name__}"
+            raise ValueError(
+                f"`inputs` must be a key of every sample, got {self.name!r} for sample {index}, which is {found}"
+            ) from None
 
 
 class Records:
@@ -118,8 +128,8 @@ def stream_from(
         test_fraction: share of every class that becomes test data when there is none, drawn by ``split_seed``.
         scenario: "class-incremental", "task-incremental", "few-shot", "blurry", "repetition", "online" or
             "domain-incremental".
-        inputs: column that is the input, for tables; None takes "image", "img", "pixel_values", "text" or "sentence",
-            else samples are whole rows.
+        inputs: column that is the input, for tables and for samples that are dicts; None takes "image", "img",
+            "pixel_values", "text" or "sentence" of a table, else samples are whole rows.
         split_seed: draws test and validation samples.
         options: of the scenario's class, such as ``n_tasks``, ``shots``, ``order_seed``, ``batch_size``.
 
@@ -258,4 +268,4 @@ def _source(data: Any, labels: Any, inputs: str | None) -> tuple[Any, FoundLabel
             raise ValueError(f"`inputs` must be a column, got {inputs!r}; there are {', '.join(columns)}")
         chosen = inputs or next((c for c in _INPUT_COLUMNS if c in columns), None)
         return (data if chosen is None else Column(data, chosen)), found
-    return data, found
+    return (data if inputs is None else Column(data, inputs)), found

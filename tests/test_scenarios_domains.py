@@ -314,6 +314,31 @@ def test_a_stream_from_lines_of_json(tmp_path):
         stream_from(path, "text", n_tasks=1)
 
 
+class Rows:
+    """A data set of dicts that does not name its columns."""
+
+    targets = (0, 1, 0, 1)
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return {"pixel_values": torch.full((2,), float(index)), "mask": torch.ones(2), "label": index % 2}
+
+
+def test_the_input_is_named_for_samples_that_are_dicts():
+    stream = stream_from(Rows(), test=Rows(), n_tasks=2, inputs="pixel_values")
+    x, y = next(iter(stream.test_loader(1)))
+    assert (x.tolist(), y.tolist()) == ([[1, 1], [3, 3]], [1, 1])
+    assert set(next(iter(stream_from(Rows(), n_tasks=2).test_loader(1)))) == {"pixel_values", "mask", "label"}
+    wrong = stream_from(Rows(), n_tasks=2, inputs="pixels")
+    with pytest.raises(ValueError, match=r"`inputs` must be a key of .* 'pixels' for sample \d, .* dict with pixel_va"):
+        next(iter(wrong.train_dataloader()))
+    tuples = stream_from(image_data(4), n_tasks=2, inputs="pixels")
+    with pytest.raises(ValueError, match=r"`inputs` must be a key of .* got 'pixels' for sample \d+, which is a tuple"):
+        next(iter(tuples.train_dataloader()))
+
+
 def test_a_stream_from_hugging_face_data():
     datasets = pytest.importorskip("datasets")
     features = datasets.Features(
