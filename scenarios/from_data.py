@@ -115,10 +115,11 @@ def stream_from(
     """A stream over a user's own data.
 
     Args:
-        data: a map dataset, a pair ``(inputs, labels)`` of tensors or arrays, inputs alone with ``labels``, a Hugging
-            Face ``Dataset`` or a dict of them with "train", "test" and "validation", a folder with one folder of images
-            per class (or ``train``, ``test`` and ``validation`` with such), a jsonl file; for domains a list of any of
-            these. Where "test" is missing, "validation" is the test data.
+        data: a map dataset, a list of tuples ``(input, label)``, a pair ``(inputs, labels)`` of tensors or arrays,
+            inputs alone with ``labels``, a Hugging Face ``Dataset`` or a dict of them with "train", "test" and
+            "validation", a folder with one folder of images per class (or ``train``, ``test`` and ``validation`` with
+            such), a jsonl file; for domains a list of any of these. Where "test" is missing, "validation" is the test
+            data.
         labels: an attribute's or column's name, one value per sample, or a function of the index; with ``test`` or
             ``validation`` a tuple with one of these for each, in this order. None looks in the usual places. Text
             labels are numbered in alphabetical order; the stream's ``label_mapping`` says how.
@@ -250,12 +251,28 @@ def _read_path(path: Path) -> Any:
     raise TypeError(f"`data` must be a folder of class folders or a .jsonl file, got {str(path)!r}, which is neither")
 
 
+def _is_sample(item: Any) -> bool:
+    """Whether an item of a list is an input and its one label, and not a data set of inputs and labels."""
+    if not (isinstance(item, tuple) and len(item) == 2):
+        return False
+    label = item[1]
+    if isinstance(label, Tensor | np.ndarray | np.generic):
+        return label.ndim == 0 and isinstance(label.item(), int | str)
+    return isinstance(label, int | str)
+
+
 def _source(data: Any, labels: Any, inputs: str | None) -> tuple[Any, FoundLabels]:
     if isinstance(data, tuple) and len(data) == 2:
         data, labels = data
+    if labels is None and isinstance(data, list) and data and all(_is_sample(item) for item in data):
+        return data, find_labels(data, [item[1] for item in data])
     if isinstance(data, Tensor | np.ndarray) or (isinstance(data, list) and data and isinstance(data[0], Sequence)):
         if labels is None:
-            raise ValueError("`labels` must be given for inputs without any, got None; pass one label per sample")
+            raise ValueError(
+                "`labels` must be given for inputs without any, got None; pass one label per sample, or a list of"
+                " tuples (input, label) with integers or text as labels; a list of data sets, one per domain, is for"
+                " scenario='domain-incremental'"
+            )
         values = data if isinstance(data, Tensor) else torch.from_numpy(np.asarray(data))
         found = find_labels(values, labels)
         return TensorSource(values, found.values), found

@@ -314,6 +314,25 @@ def test_a_stream_from_lines_of_json(tmp_path):
         stream_from(path, "text", n_tasks=1)
 
 
+@pytest.mark.parametrize("kind", [int, str, torch.tensor, np.int64])
+def test_a_stream_from_a_list_of_samples(kind):
+    samples = [(torch.full((2,), float(i)), kind(i % 2)) for i in range(10)]
+    stream = stream_from(samples, test=samples[:4], n_tasks=2, batch_size=10)
+    x, y = next(iter(stream.test_loader(1)))
+    assert (x.tolist(), y.tolist()) == ([[1, 1], [3, 3]], [1, 1])
+    assert sorted(next(iter(stream.train_dataloader()))[0][:, 0].tolist()) == [0, 2, 4, 6, 8]
+    domains = stream_from([samples, samples[:4]], scenario="domain-incremental")
+    assert domains.provenance()["sizes"] == {"train": [8, 2], "validation": [], "test": [2, 2]}
+
+
+@pytest.mark.parametrize(
+    "data", [[(torch.zeros(6, 2), torch.arange(6))] * 2, [[0.1, 1], [0.2, 0]], [(0.1, 1.5), (0.2, 0.5)]]
+)
+def test_other_lists_are_not_taken_for_samples(data):
+    with pytest.raises(ValueError, match=r"`labels` must be given .* a list of data sets, one per domain, is for"):
+        stream_from(data, n_tasks=2)
+
+
 class Rows:
     """A data set of dicts that does not name its columns."""
 
