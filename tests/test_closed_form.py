@@ -130,7 +130,7 @@ def test_a_stream_without_a_fit_is_saved_by_the_trainer_and_read_back(tmp_path, 
 
     trainer, module, result = run()
     trainer.save_checkpoint(tmp_path / "final.ckpt")
-    _, again, resumed = run(tmp_path / "final.ckpt")
+    _, _, resumed = run(tmp_path / "final.ckpt")
     assert torch.equal(result.correct, resumed.correct)
     saved = torch.load(tmp_path / "final.ckpt", weights_only=True)["state_dict"]
     assert saved.keys() == module.state_dict().keys()
