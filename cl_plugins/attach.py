@@ -68,7 +68,7 @@ def known_classes(module: nn.Module, own: Tensor) -> Iterator[None]:
 
 
 class EvalGuard(nn.Module):
-    """Keeps a frozen backbone in eval mode although its parent is switched to training every epoch.
+    """Keeps a frozen backbone in eval mode although its parent, or a part of it, is switched to training.
 
     Dropout, drop-path and batch statistics of a frozen network would make its features random or drift.
 
@@ -87,13 +87,17 @@ class EvalGuard(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         model.eval()
+        plugins = getattr(model, "plugins", None)  # where the backbone is the user's module itself
+        own = {id(m) for m in plugins.modules()} if isinstance(plugins, nn.ModuleDict) else set()
+        self._parts = tuple(m for m in model.modules() if id(m) not in own)  # a tuple, so that no weight is saved twice
         self._handle = model.register_forward_pre_hook(self._keep)
 
     def _keep(self, model: nn.Module, args: Any) -> None:
-        if model.training:
-            plugins = getattr(model, "plugins", None)
+        if any(part.training for part in self._parts):
+            plugins: Any = getattr(model, "plugins", None)
+            adapters_train = isinstance(plugins, nn.ModuleDict) and plugins.training
             model.eval()
-            if isinstance(plugins, nn.ModuleDict):  # the backbone is the user's module itself
+            if adapters_train:
                 plugins.train()
 
     def remove(self) -> None:

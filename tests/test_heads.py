@@ -149,9 +149,21 @@ def test_the_guard_keeps_a_backbone_in_eval_mode_and_freeze_clears_gradients():
     module.train()
     outputs = {tuple(module["net"](torch.ones(1, 2))[0].tolist()) for _ in range(8)}
     assert len(outputs) == 1
+    module["net"][1].train()  # a part alone
+    assert len({tuple(module["net"](torch.ones(1, 2))[0].tolist()) for _ in range(8)}) == 1
     guard.remove()
     module.train()
     assert len({tuple(module["net"](torch.ones(1, 2))[0].tolist()) for _ in range(8)}) > 1
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_guard_leaves_adapters_in_their_mode(training):
+    vit, adapter = tiny_vit(), nn.Dropout()
+    plugin_modules(vit)["guard"] = EvalGuard(vit)
+    plugin_modules(vit)["adapter"] = adapter
+    vit.train(training).blocks.train()
+    vit(torch.zeros(1, 3, 8, 8))
+    assert (adapter.training, vit.training, vit.blocks[0].training) == (training, False, False)
 
 
 def test_an_adapter_that_is_never_called_is_named():
