@@ -29,7 +29,7 @@ from cl_plugins.evaluation import Predict, default_predict, drawn_columns, evalu
 from cl_plugins.plugin import ContinualCallback, Row, plugins_of, tell_row
 from cl_plugins.result import StreamResult
 from cl_plugins.resuming import find_checkpoint, load_own_weights, restore_between, savers_of, say_where
-from cl_plugins.run_checks import refuse, refuse_strategy
+from cl_plugins.run_checks import check_forward, refuse, refuse_strategy
 from cl_plugins.stream_checkpoint import KIND, StreamStopped
 from cl_plugins.stream_state import StreamState, restore_result
 from cl_plugins.task import Stream
@@ -241,7 +241,8 @@ def fit_stream(
         The accuracy matrix as counts, and the numbers that follow from it.
 
     Raises:
-        TypeError: for arguments that are no Trainer, no module or no stream of tasks.
+        TypeError: for arguments that are no Trainer, no module or no stream of tasks, and for a module whose
+            ``forward`` gives no logits where ``predict`` is the default.
         ValueError: for settings that cannot work with a stream, and for faulty streams, before any training.
         FloatingPointError: when the loss becomes NaN or infinite.
         StreamStopped: behind the save on SIGTERM, with a :class:`~cl_plugins.callbacks.StreamCheckpoint`.
@@ -253,6 +254,8 @@ def fit_stream(
     own_predict = predict is default_predict
     if own_predict:
         predict = getattr(stream, "predict", default_predict)
+    if predict is default_predict and ckpt_path is None:
+        check_forward(trainer, module, stream)
     callbacks = callbacks_of(trainer)
     state = next((c for c in callbacks if isinstance(c, StreamState)), None)
     if state is None:
