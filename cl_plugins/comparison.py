@@ -27,6 +27,7 @@ from cl_plugins.stats import (
 
 MEASURES = {
     "average_accuracy": ("average accuracy (last row)", True),
+    "average_accuracy_task_known": ("average accuracy, task known (last row)", True),
     "average_incremental_accuracy": ("average incremental accuracy (mean over rows)", True),
     "learning_accuracy": ("learning accuracy (plasticity)", True),
     "forgetting": ("forgetting (peak since learned)", False),
@@ -289,7 +290,14 @@ def _rankings(
 def _measured(results: Sequence[Mapping[str, Any]], measure: str | None) -> tuple[str, bool]:
     """What is compared on a scenario, and whether it has several labels a sample."""
     multi_label = any(is_multi_label(r) for r in results)
-    return measure or ("map" if multi_label else "average_accuracy"), multi_label
+    own = "map" if multi_label else "average_accuracy_task_known" if _task_known(results) else "average_accuracy"
+    return measure or own, multi_label
+
+
+def _task_known(results: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the results are of a stream that is evaluated with the task of each sample known."""
+    streams = [r.get("stream") for r in results]
+    return bool(streams) and all(isinstance(s, Mapping) and s.get("task_known") is True for s in streams)
 
 
 def compare_methods(
@@ -303,7 +311,8 @@ def compare_methods(
 
     Args:
         results: contents of ``result.json`` files, see :func:`cl_plugins.compare.collect_results`.
-        measure: a key of :data:`MEASURES`; None takes mAP on multi-label streams, average accuracy on others.
+        measure: a key of :data:`MEASURES`; None takes mAP on multi-label streams, the accuracy with the
+            task known on streams that are evaluated so, average accuracy on others.
         baseline: compare with this method; the best mean of each scenario when None, which favors it a little.
         level: 1 ranks in every (scenario, run) cell; 2 ranks inside a scenario first, so that all count the same.
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from cl_plugins.batches import hand_over, passes_of
+from cl_plugins.batches import hand_over, own_pass, passes_of
 from cl_plugins.evaluation import default_predict, evaluating, split_batch
 from cl_plugins.plugin import module_device
 from cl_plugins.stream_state import same_randomness
@@ -100,7 +100,7 @@ def check_forward(trainer: pl.Trainer, module: nn.Module, stream: Stream) -> Non
         return
     if any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in module.modules()):
         return
-    with same_randomness(), evaluating(module), passes_of(trainer, module, stream):
+    with same_randomness(), evaluating(module), passes_of(trainer, module, stream), own_pass(module):
         batch = next(iter(stream.test_loader(0)), None)
         if batch is None:
             return

@@ -163,7 +163,10 @@ class TaskIncremental(ClassIncremental):
     """The class-incremental stream, evaluated with the task known: the model chooses among the task's own classes.
 
     WHEN: nothing differs in training. Every evaluation counts both, the choice among all classes so far and the choice
-    among the task's own, in one pass; :attr:`task_known` says which one is this stream's number.
+    among the task's own, in one pass; :attr:`task_known` says which one is this stream's number. A result has it as
+    ``average_accuracy_task_known`` and ``accuracy_matrix_task_known``; its other numbers, such as ``forgetting``, are
+    of the choice among all classes: :func:`cl_plugins.functional.forgetting` of that matrix is the one with the task
+    known.
 
     Args:
         data: as of :class:`ClassIncremental`.

@@ -56,6 +56,19 @@ def test_differences_are_paired_and_tested_by_all_signs():
     assert entry(comparison, "good").difference is None
 
 
+def test_streams_with_the_task_known_are_compared_by_that_number():
+    def known(method, values, own, **more):
+        made = runs(method, values, stream={"task_known": True}, **more)
+        return [{**r, "average_accuracy_task_known": v} for r, v in zip(made, own, strict=True)]
+
+    results = known("a", GOOD, POOR) + known("b", FAIR, GOOD)
+    comparison = compare_methods(results)
+    assert comparison.scenarios[0].baseline == "b"
+    assert comparison.measure_names == ("average accuracy, task known (last row)",)
+    assert compare_methods(results, "average_accuracy").scenarios[0].baseline == "a"
+    assert compare_methods(runs("a", GOOD) + runs("b", FAIR)).measures == ("average_accuracy",)
+
+
 def test_pairs_are_found_by_seed_not_by_position():
     shuffled = [runs("fair", FAIR)[k] for k in (3, 0, 5, 1, 4, 2)]
     straight = compare_methods(runs("good", GOOD) + runs("fair", FAIR))

@@ -327,7 +327,7 @@ def test_asking_for_logits_before_training_changes_nothing():
     module.model.head_drop = nn.Dropout(0.5)
     module.model.blocks[0].eval()
     states = copy.deepcopy(module.state_dict()), [m.training for m in module.modules()], torch.get_rng_state()
-    check_forward(module, tiny_stream(num_workers=1, pin_memory=False))
+    check_forward(quiet_trainer(), module, tiny_stream(num_workers=1, pin_memory=False))
     assert all(torch.equal(v, states[0][k]) for k, v in module.state_dict().items())
     assert [m.training for m in module.modules()] == states[1]
     assert torch.equal(torch.get_rng_state(), states[2])
