@@ -110,8 +110,7 @@ class LinearAdapters(MaskedHead):
         Raises:
             RuntimeError: before :meth:`install`.
         """
-        plugins = plugin_modules(module)
-        adapters = plugins[self.key] if self.key in plugins else None  # noqa: SIM401  a ModuleDict has no get
+        adapters = dict(plugin_modules(module).items()).get(self.key)
         if not isinstance(adapters, AdapterSet):
             raise RuntimeError(f"`{type(self).__name__}` is not installed in this module; call `install(module)` first")
         return adapters

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from cl_plugins.batches import hand_over, own_pass, passes_of
-from cl_plugins.evaluation import default_predict, evaluating, split_batch
-from cl_plugins.plugin import module_device
-from cl_plugins.stream_state import same_randomness
 from cl_plugins.task import Stream, check_tasks
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
 _SHARDED = ("FSDP", "DeepSpeed", "ModelParallel", "XLAFSDP")
-_BUILD_LATER = ("setup", "configure_model", "on_fit_start")
 _OF_A_STREAM = ("name", "tasks", "n_classes", "class_order", "train_dataloader", "test_loader")
 
 
@@ -86,53 +82,19 @@ def refuse_strategy(trainer: pl.Trainer) -> None:
         )
 
 
-def check_forward(trainer: pl.Trainer, module: nn.Module, stream: Stream) -> None:
-    """Ask the module for the logits of two test samples, as the evaluation does, before hours are trained.
-
-    Errors that may have other causes are left to come where they come; so are modules that Lightning has yet to build,
-    and compiled ones. Random states, modes and devices stay as they were.
+def check_forward(module: nn.Module) -> None:
+    """Refuse a module that the evaluation could not call, before hours are trained; told by its signature alone.
 
     Raises:
-        TypeError: when it gives none.
+        TypeError: when ``forward`` is missing, or needs more than the inputs of a batch.
     """
-    hooks = [getattr(type(module), name, None) for name in _BUILD_LATER]
-    if any(getattr(hook, "__module__", "").split(".")[0] not in ("pytorch_lightning", "lightning") for hook in hooks):
-        return
-    if any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in module.modules()):
-        return
-    with same_randomness(), evaluating(module), passes_of(trainer, module, stream), own_pass(module):
-        batch = next(iter(stream.test_loader(0)), None)
-        if batch is None:
-            return
-        _, labels = split_batch(batch)
-        try:
-            few = hand_over(_first(batch, len(labels)), module, module_device(module))
-        except Exception:  # a transfer hook may need the Trainer's fit
-            return
-        try:
-            logits = default_predict(module, few)
-        except (NotImplementedError, TypeError, AttributeError) as error:
-            if isinstance(error, AttributeError) and not isinstance(batch, dict):
-                return
-            raise _no_logits(f"{type(error).__name__}: {error}") from error
-        except Exception:  # it may need the Trainer, or a device of another kind
-            return
-        if logits.ndim != 2:
-            raise _no_logits(f"shape {tuple(logits.shape)} for {min(2, len(labels))} samples")
-
-
-def _first(item: Any, n: int) -> Any:
-    """The first two samples of a batch of ``n``."""
-    if isinstance(item, Tensor):
-        return item[:2] if item.ndim and len(item) == n else item
-    if isinstance(item, dict):
-        return {k: _first(v, n) for k, v in item.items()}
-    if isinstance(item, tuple) and hasattr(item, "_fields"):
-        return type(item)(*(_first(v, n) for v in item))
-    if isinstance(item, tuple | list):
-        texts = len(item) == n and all(isinstance(v, str) for v in item)
-        return item[:2] if texts else type(item)(_first(v, n) for v in item)
-    return item
+    found = vars(module).get("forward", type(module).forward)
+    if getattr(found, "__module__", "").split(".")[0] in ("pytorch_lightning", "lightning"):
+        raise _no_logits(f"a {type(module).__name__} without `forward`")
+    try:
+        inspect.signature(module.forward).bind(None)
+    except TypeError as error:
+        raise _no_logits(f"a `forward` that cannot be called so: {error}") from None
 
 
 def _no_logits(got: str) -> TypeError:

@@ -242,7 +242,7 @@ def fit_stream(
 
     Raises:
         TypeError: for arguments that are no Trainer, no module or no stream of tasks, and for a module whose
-            ``forward`` gives no logits where ``predict`` is the default.
+            ``forward`` cannot be called with a batch's inputs where ``predict`` is the default.
         ValueError: for settings that cannot work with a stream, and for faulty streams, before any training.
         FloatingPointError: when the loss becomes NaN or infinite.
         StreamStopped: behind the save on SIGTERM, with a :class:`~cl_plugins.callbacks.StreamCheckpoint`.
@@ -254,8 +254,8 @@ def fit_stream(
     own_predict = predict is default_predict
     if own_predict:
         predict = getattr(stream, "predict", default_predict)
-    if predict is default_predict and ckpt_path is None:
-        check_forward(trainer, module, stream)
+    if predict is default_predict:
+        check_forward(module)
     callbacks = callbacks_of(trainer)
     state = next((c for c in callbacks if isinstance(c, StreamState)), None)
     if state is None:
